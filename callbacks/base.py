@@ -1,0 +1,168 @@
+"""The lifecycle that all compression methods share."""
+
+import inspect
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from slm_pl.compression import surgery
+from slm_pl.compression.plan import PLAN_FILE, Base, Calibration, JSONValue, Method, Plan, Step, count_parameters
+from slm_pl.data import AlpacaDataModule, CalibrationSet
+from slm_pl.errors import UsageError
+from slm_pl.module import CausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class EarlyCheck(pl.Callback, ABC):
+    """A callback that can tell at the start what would fail at the end.
+
+    Lightning sets callbacks up in order, so one below a compression callback gets its turn only after the search.
+    """
+
+    @abstractmethod
+    def check(self, trainer: pl.Trainer) -> None:
+        """Raises a :class:`~slm_pl.errors.UsageError` if this callback's work cannot be done."""
+
+
+class CompressionCallback(pl.Callback, ABC):
+    """Compresses the model before Lightning wraps, optimises and shards it.
+
+    A method derives from this class, keeps each argument of its ``__init__`` in an attribute of the same name, and
+    implements :meth:`plan`. It acts in every stage (fit, validate, test, predict and prune), unless the model directory
+    already carries a plan of the same method. With ``plan_path`` the search is skipped and that plan is applied; a run
+    that resumes from a checkpoint takes the plan of its run directory.
+
+    Args:
+        plan_path: A ``plan.json`` to apply instead of searching.
+    """
+
+    def __init__(self, plan_path: str | None = None) -> None:
+        self.plan_path = plan_path
+        self._applied: Plan | None = None
+
+    @abstractmethod
+    def plan(self, model: "PreTrainedModel", calibration: CalibrationSet) -> Plan:
+        """Decides what to do; never changes the model.
+
+        Args:
+            model: A Hugging Face causal language model on the device to compute on, in eval mode.
+            calibration: Token ids; under several processes, this rank's share of them.
+
+        Returns:
+            The plan, equal on all ranks.
+        """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Plans on every rank, writes ``plan.json`` on the first, applies the plan on every rank."""
+        assert isinstance(pl_module, CausalLM)
+        if self._applied is not None and self._applied in pl_module.plans:
+            return  # the same objects run a second stage
+        carried = [plan for plan in pl_module.plans if plan.method.class_path == self.class_path]
+        if carried:
+            wanted = self.arguments()
+            if carried[-1].method.init_args != wanted and self.plan_path is None:
+                rank_zero_warn(
+                    f"{pl_module.pretrained} was compressed by {self.class_path} with {carried[-1].method.init_args} "
+                    f"and is not compressed again with {wanted}. Start from the dense model to change them."
+                )
+            return
+        pl_module.check_run(stage)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyCheck):
+                callback.check(trainer)
+        model = pl_module.load_model()
+        plan = self._find_plan(trainer, pl_module, model)
+        # Refuse a plan that does not fit before it is written as this run's.
+        surgery.check(model, plan)
+        run_plan = self._run_plan(trainer, pl_module)
+        trainer.strategy.barrier("plan")
+        if trainer.is_global_zero:
+            plan.save(run_plan)
+        before = plan.base
+        surgery.apply(model, plan)
+        pl_module.plans.append(plan)
+        self._applied = plan
+        parameters = count_parameters(model)
+        rank_zero_info(
+            f"{type(self).__name__}: {before.num_layers} -> {model.config.num_hidden_layers} layers, "
+            f"{before.num_parameters / 1e6:,.1f} M -> {parameters / 1e6:,.1f} M parameters "
+            f"({1 - parameters / before.num_parameters:.1%} removed). Plan: {run_plan}"
+        )
+
+    def state_dict(self) -> dict[str, str]:
+        """The plan travels in every checkpoint, as the text of ``plan.json``."""
+        return {} if self._applied is None else {"plan": self._applied.to_json()}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Refuses a checkpoint that was trained on a differently compressed model."""
+        plan = state_dict.get("plan")
+        if plan is not None and self._applied is not None and plan != self._applied.to_json():
+            raise UsageError(
+                "The checkpoint was trained on a model that another plan had compressed. Resume with the plan.json of "
+                "the run that wrote it (plan_path), or start anew without --ckpt_path."
+            )
+
+    @property
+    def class_path(self) -> str:
+        """The import path users write, ``callbacks.Name``."""
+        module = type(self).__module__
+        return f"{module.partition('.')[0] if module.startswith('callbacks.') else module}.{type(self).__qualname__}"
+
+    def arguments(self) -> dict[str, JSONValue]:
+        """The arguments of ``__init__`` that decide the result."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "plan_path"}
+
+    def make_plan(
+        self,
+        model: "PreTrainedModel",
+        calibration: CalibrationSet,
+        steps: list[Step],
+        trace: list[dict[str, JSONValue]],
+        outcome: dict[str, JSONValue],
+    ) -> Plan:
+        """Puts a decision together with everything it rests on."""
+        text = calibration.text
+        return Plan(
+            base=Base.of(model),
+            method=Method(self.class_path, self.arguments()),
+            calibration=Calibration(text.source, text.samples, text.sequence_length, text.seed, calibration.sha256),
+            steps=tuple(steps),
+            trace=tuple(trace),
+            outcome=outcome,
+        )
+
+    def _run_plan(self, trainer: pl.Trainer, pl_module: CausalLM) -> Path:
+        number = len(pl_module.plans) + 1
+        return Path(trainer.default_root_dir) / (PLAN_FILE if number == 1 else f"plan.{number}.json")
+
+    def _find_plan(self, trainer: pl.Trainer, pl_module: CausalLM, model: "PreTrainedModel") -> Plan:
+        if self.plan_path is not None:
+            return Plan.load(self.plan_path)
+        run_plan = self._run_plan(trainer, pl_module)
+        if trainer.ckpt_path is not None and run_plan.is_file():
+            plan = Plan.load(run_plan)
+            rank_zero_info(f"{type(self).__name__}: resuming with the plan in {run_plan}")
+            return plan
+        datamodule = getattr(trainer, "datamodule", None)
+        if not isinstance(datamodule, AlpacaDataModule):
+            raise UsageError(
+                f"{type(self).__name__} needs calibration text from slm_pl.data.AlpacaDataModule; got "
+                f"{type(datamodule).__name__}. Pass it as datamodule, or give plan_path."
+            )
+        calibration = datamodule.calibration_batches()
+        if trainer.world_size > 1:
+            calibration = calibration.shard(trainer.global_rank, trainer.world_size)
+        device, training = pl_module.device, model.training
+        nn.Module.to(model, trainer.strategy.root_device).eval()
+        try:
+            with torch.no_grad():
+                return self.plan(model, calibration)
+        finally:
+            nn.Module.to(model, device).train(training)

@@ -1,0 +1,159 @@
+"""The command line: ``fit``, ``validate``, ``test``, ``predict``, ``prune`` and ``compare``."""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from slm_pl.data import AlpacaDataModule
+from slm_pl.errors import UsageError
+from slm_pl.module import CausalLM
+from slm_pl.trainer import Trainer
+
+CONFIG_VERSION = 1
+
+
+class CLI(LightningCLI):
+    """LightningCLI for :class:`~slm_pl.module.CausalLM` and :class:`~slm_pl.data.AlpacaDataModule`."""
+
+    def __init__(self, args: list[str] | None) -> None:
+        super().__init__(
+            CausalLM,
+            AlpacaDataModule,
+            trainer_class=Trainer,
+            trainer_defaults={"default_root_dir": os.path.join("runs", "latest")},
+            # The saved config belongs to this run; what must not be lost is guarded by its own checks.
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=1234,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's entry points, and the arguments that are not options."""
+        return {**LightningCLI.subcommands(), "prune": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the options that are not a class's."""
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Replace results and exports that an earlier run left."
+        )
+        parser.add_argument(
+            "--config_version", type=int, default=CONFIG_VERSION, help="Which version of these options a YAML is for."
+        )
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        # Never parsed from here, see main(): it stands in the help.
+        action = parser._subcommands_action
+        assert action is not None
+        action.add_subcommand("compare", compare_parser(), help="Put results side by side.")
+
+    def before_instantiate_classes(self) -> None:
+        """One saved config for each subcommand of a run directory."""
+        self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Makes the trainer and hands it ``--overwrite``."""
+        trainer = super().instantiate_trainer(**kwargs)
+        assert isinstance(trainer, Trainer)
+        trainer.overwrite = bool(self._get(self.config_init, "overwrite"))
+        return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if "weights_only" in kwargs:
+            kwargs["weights_only"] = kwargs["weights_only"] is not False  # a checkpoint is never unpickled by default
+        return kwargs
+
+
+def compare_parser() -> ArgumentParser:
+    """Options of ``compare``."""
+    parser = ArgumentParser(
+        description="Puts the results of several models side by side: a table on the terminal, comparison.md, "
+        "comparison.json and comparison.png."
+    )
+    parser.add_argument(
+        "results", nargs="+", help="results.json files that `test` wrote, the dense model's among them."
+    )
+    parser.add_argument("--output_dir", type=str | None, default=None, help="Default: the files' common directory.")
+    return parser
+
+
+def check_config_version(args: Sequence[str]) -> None:
+    """Tells a config of another version before its options are found to be unknown.
+
+    Raises:
+        UsageError: If a ``--config`` file says another ``config_version``, is missing or is no YAML.
+    """
+    for index, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        if name not in ("--config", "-c"):
+            continue
+        path = value or (args[index + 1] if index + 1 < len(args) else "")
+        if not os.path.isfile(path):
+            if path and not path.lstrip().startswith("{"):
+                there = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+                raise UsageError(
+                    f"There is no config file {path}. There are: {', '.join(there) or 'none in configs/'}."
+                )
+            continue
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"The config {path} is no YAML: {error}") from error
+        version = content.get("config_version", CONFIG_VERSION) if isinstance(content, dict) else CONFIG_VERSION
+        if version != CONFIG_VERSION:
+            raise UsageError(
+                f"The config {path} is of config_version {version!r}; this slm_pl reads {CONFIG_VERSION}. "
+                "Take a config from the configs/ of this version, or use the slm_pl that it was written for."
+            )
+
+
+def quieten() -> None:
+    """Drops messages of the libraries that no user of this program can act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # dataloader workers fork after tokenising
+    for message in (
+        ".*does not have many workers.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+        ".*is_gradient_checkpointing.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    What the user can mend is told in one message without a traceback.
+
+    Args:
+        args: Arguments after the program's name; default: those of the process.
+
+    Raises:
+        SystemExit: With status 1 after a :class:`~slm_pl.errors.UsageError`, 2 after an unknown option, 130 after
+            Ctrl-C.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    quieten()
+    try:
+        if given[:1] == ["compare"]:
+            options = compare_parser().parse_args(given[1:])
+            from slm_pl.report import compare
+
+            compare(options.results, options.output_dir)
+        else:
+            check_config_version(given)
+            CLI(None if args is None else given)
+    except (UsageError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,1 @@
+"""Deciding what to remove from a model (plan), and removing it (surgery)."""

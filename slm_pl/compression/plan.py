@@ -1,0 +1,275 @@
+"""The plan: what a method decided, why, and on which data, as frozen dataclasses <-> ``plan.json``.
+
+A plan is computed once, written before any weight changes, and can be applied again without the search. The
+same inputs give the same plan byte for byte, so nothing that varies from run to run (timings, dates) is in it.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from torch import nn
+
+from slm_pl import files
+from slm_pl.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+SCHEMA_VERSION = 1
+PLAN_FILE = "plan.json"
+
+Consolidation = Literal["keep_top"]
+"""How the projections of a window become those of one layer."""
+OtherParameters = Literal["top", "bottom"]
+"""Whose norms and biases the merged layer takes."""
+
+JSONValue = str | int | float | bool | None | list["JSONValue"] | dict[str, "JSONValue"]
+
+
+@dataclass(frozen=True)
+class MergeLayers:
+    """Merges the window of decoder layers ``low..high`` (both included, original 0-based indices) into one layer."""
+
+    low: int
+    high: int
+    consolidation: Consolidation = "keep_top"
+    other_parameters: OtherParameters = "top"
+    kind: Literal["merge_layers"] = "merge_layers"
+
+
+@dataclass(frozen=True)
+class DropLayers:
+    """Removes decoder layers (original 0-based indices)."""
+
+    layers: tuple[int, ...]
+    kind: Literal["drop_layers"] = "drop_layers"
+
+
+Step = MergeLayers | DropLayers
+STEP_KINDS: dict[str, type[MergeLayers] | type[DropLayers]] = {
+    "merge_layers": MergeLayers,
+    "drop_layers": DropLayers,
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a plan was computed on.
+
+    Attributes:
+        pretrained: What the user gave as ``pretrained``.
+        revision: The commit that the Hub resolved, or null for local files.
+        model_type: ``config.model_type``.
+        num_layers: Decoder layers.
+        num_parameters: All parameters; tied tensors count once.
+        config_sha256: :func:`config_fingerprint`.
+    """
+
+    pretrained: str
+    revision: str | None
+    model_type: str
+    num_layers: int
+    num_parameters: int
+    config_sha256: str
+
+    @staticmethod
+    def of(model: "PreTrainedModel") -> "Base":
+        """Describes a Hugging Face causal language model."""
+        config = model.config
+        return Base(
+            pretrained=str(config._name_or_path),
+            revision=getattr(config, "_commit_hash", None),
+            model_type=config.model_type,
+            num_layers=config.num_hidden_layers,
+            num_parameters=count_parameters(model),
+            config_sha256=config_fingerprint(config.to_dict()),
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """The callback that made a plan: its import path and the arguments that decide the result."""
+
+    class_path: str
+    init_args: dict[str, JSONValue]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration set: where it came from, its size, and the sha256 of its token ids."""
+
+    source: str
+    samples: int
+    sequence_length: int
+    seed: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do to a model, and how that was decided.
+
+    Attributes:
+        base: The model the indices in ``steps`` refer to.
+        method: Who decided.
+        calibration: On which data; null for methods that look at none.
+        steps: What :func:`slm_pl.compression.surgery.apply` carries out. All indices are those of ``base``.
+        trace: Everything that was tried, in order.
+        outcome: What the search ended with (threshold found, layers removed, whether the last window was cut, …).
+    """
+
+    base: Base
+    method: Method
+    calibration: Calibration | None
+    steps: tuple[Step, ...]
+    trace: tuple[dict[str, JSONValue], ...] = ()
+    outcome: dict[str, JSONValue] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of ``plan.json``: one line for each step and try, so that a reader and a diff can follow it."""
+        data = asdict(self)
+        lines = [f'  "schema_version": {SCHEMA_VERSION}']
+        for key in ("base", "method", "calibration", "outcome"):
+            lines.append(f"  {json.dumps(key)}: {json.dumps(data[key])}")
+        for key in ("steps", "trace"):
+            rows = ",\n".join("    " + json.dumps(row) for row in data[key])
+            lines.append(f'  "{key}": [\n{rows}\n  ]' if rows else f'  "{key}": []')
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the plan: the hash of its text."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan; the file is whole or absent."""
+        files.write_text(path, self.to_json())
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Plan":
+        """Reads a plan.
+
+        Raises:
+            UsageError: If the file is missing, is not JSON, is of another schema version or lacks a field.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UsageError(f"There is no plan at {path}. Give the path of a plan.json that slm_pl wrote.") from error
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UsageError(
+                f"{path} cannot be read as a plan ({error}). Give a plan.json that slm_pl wrote."
+            ) from error
+        return Plan.from_dict(data, str(path))
+
+    @staticmethod
+    def from_dict(data: Any, origin: str) -> "Plan":
+        """Builds a plan from parsed JSON; ``origin`` names it in errors.
+
+        Raises:
+            UsageError: If ``data`` is not a plan of this schema version.
+        """
+        if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
+            got = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+            raise UsageError(
+                f"{origin} has schema_version {got!r}; this slm_pl reads plans of schema_version {SCHEMA_VERSION}. "
+                "Make the plan again, or use the slm_pl that wrote it."
+            )
+        try:
+            steps: list[Step] = []
+            for step in data["steps"]:
+                if step["kind"] not in STEP_KINDS:
+                    raise ValueError(f"step of kind {step['kind']!r}, known are {sorted(STEP_KINDS)}")
+                steps.append(_build(STEP_KINDS[step["kind"]], step))
+            return Plan(
+                base=_build(Base, data["base"]),
+                method=_build(Method, data["method"]),
+                calibration=None if data["calibration"] is None else _build(Calibration, data["calibration"]),
+                steps=tuple(steps),
+                trace=tuple(data["trace"]),
+                outcome=data.get("outcome", {}),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{origin} is not a plan that slm_pl can apply ({type(error).__name__}: {error}). "
+                "Give a plan.json that slm_pl wrote."
+            ) from error
+
+
+T = TypeVar("T", bound=Base | Method | Calibration | MergeLayers | DropLayers)
+
+
+def _build(cls: type[T], data: Any) -> T:
+    """Builds a flat dataclass from a JSON object, holding the JSON types to the annotations."""
+    unknown = set(data) - {f.name for f in fields(cls)}
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}")
+    values = {}
+    for f in fields(cls):
+        if f.name not in data:
+            raise ValueError(f"{cls.__name__} lacks the field {f.name!r}")
+        value = data[f.name]
+        allowed = get_args(f.type)
+        if f.type is int and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not an integer")
+        if f.type is str and not isinstance(value, str):
+            raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not a string")
+        if allowed and all(isinstance(choice, str) for choice in allowed) and value not in allowed:
+            raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, allowed are {list(allowed)}")
+        if f.type == tuple[int, ...]:
+            if not isinstance(value, list) or not all(type(v) is int for v in value):
+                raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not a list of integers")
+            value = tuple(value)
+        values[f.name] = value
+    return cls(**values)
+
+
+def plan_files(directory: str | os.PathLike[str]) -> list[Path]:
+    """The plans of a model directory in the order they were applied: ``plan.json``, ``plan.2.json``, and so on."""
+    directory = Path(directory)
+    names = [PLAN_FILE]
+    while (directory / names[-1]).is_file():
+        names.append(f"plan.{len(names) + 1}.json")
+    return [directory / name for name in names[:-1]]
+
+
+def load_plans(directory: str | os.PathLike[str]) -> list[Plan]:
+    """Reads all plans of a model directory, in order; an empty list for a dense model."""
+    return [Plan.load(path) for path in plan_files(directory)]
+
+
+def save_plans(plans: list[Plan], directory: str | os.PathLike[str]) -> None:
+    """Writes plans into a model directory, under the names that :func:`plan_files` finds."""
+    for number, plan in enumerate(plans, start=1):
+        plan.save(Path(directory) / (PLAN_FILE if number == 1 else f"plan.{number}.json"))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Counts all parameters; a tensor that two modules share counts once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+# Set by loading, not by the weights: two loads of one model may differ in them.
+_VOLATILE_CONFIG = {
+    "_name_or_path",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "architectures",
+    "dtype",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def config_fingerprint(config: dict[str, JSONValue]) -> str:
+    """The sha256 of a model config without the entries that loading sets."""
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()

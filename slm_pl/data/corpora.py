@@ -1,0 +1,481 @@
+"""Text for calibration and perplexity: where it comes from, how it is sampled and cut into token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from slm_pl.data.embedded import topic_texts
+from slm_pl.errors import UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_SUFFIXES = (".txt", ".jsonl", ".parquet", ".json")
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """What a compression method looks at.
+
+    Attributes:
+        source: ``embedded`` (chapters of the language reference that comes with Python), a ``.txt`` file, a ``.jsonl``
+            file (one JSON object a line), a ``.parquet`` file, a ``.json`` file with a list of token-id lists (used
+            exactly as given), or the id of a Hub data set.
+        samples: Number of samples.
+        sequence_length: Tokens per sample.
+        seed: Seed of the sampler.
+        batch_size: Samples per forward pass.
+        name: Configuration of a Hub data set.
+        split: Split of a Hub data set.
+        column: Column that holds the text, for ``.jsonl``, ``.parquet`` and Hub data sets.
+
+    Raises:
+        UsageError: A number is out of range.
+    """
+
+    source: str = "embedded"
+    samples: int = 10
+    sequence_length: int = 128
+    seed: int = 1234
+    batch_size: int = 1
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+
+    def __post_init__(self) -> None:
+        _at_least("calibration.samples", self.samples, 1)
+        _at_least("calibration.sequence_length", self.sequence_length, 2)
+        _at_least("calibration.batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """What perplexity is measured on.
+
+    Attributes:
+        source: As for calibration; ``embedded`` is other chapters than there. A ``.json`` file holds either a flat list
+            of token ids (the stream) or a list of windows of ``sequence_length`` ids each.
+        sequence_length: Tokens per window.
+        max_tokens: Length to which the stream is cut (a BOS counts), ``None`` for all of it.
+        bos: ``stream`` puts one BOS in front of the whole stream, ``none`` adds none.
+        name: Configuration of a Hub data set.
+        split: Split of a Hub data set.
+        column: Column that holds the text, for ``.jsonl``, ``.parquet`` and Hub data sets.
+
+    Raises:
+        UsageError: A number is out of range.
+    """
+
+    source: str = "embedded"
+    sequence_length: int = 128
+    max_tokens: int | None = None
+    bos: Literal["none", "stream"] = "none"
+    name: str | None = None
+    split: str = "test"
+    column: str = "text"
+
+    def __post_init__(self) -> None:
+        _at_least("sequence_length of the evaluation text", self.sequence_length, 2)
+        if self.max_tokens is not None and self.max_tokens < self.sequence_length:
+            raise UsageError(
+                f"max_tokens is {self.max_tokens}, but one window alone has sequence_length = {self.sequence_length} "
+                "tokens. Raise max_tokens, lower sequence_length, or set max_tokens to null for the whole text."
+            )
+        if self.bos not in ("none", "stream"):
+            raise UsageError(f"bos is {self.bos!r}; allowed are 'none' and 'stream' (one BOS in front of the text).")
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Tokenised calibration samples.
+
+    Attributes:
+        batches: Token ids, int64, each ``[batch, sequence]``.
+        text: Where the samples come from.
+        sha256: Hash of the whole set: of the ids as one compact JSON list of lists, ``[[1,2],[3,4]]``. It depends
+            neither on the batch size nor on the shard.
+    """
+
+    batches: tuple[torch.Tensor, ...]
+    text: CalibrationText
+    sha256: str
+
+    @classmethod
+    def from_ids(cls, ids: Sequence[Sequence[int]], text: CalibrationText) -> CalibrationSet:
+        """Batch samples (``text.batch_size`` consecutive ones of equal length) and hash them."""
+        digest = hashlib.sha256(json.dumps([list(sample) for sample in ids], separators=(",", ":")).encode())
+        samples = [torch.tensor(sample, dtype=torch.int64) for sample in ids]
+        return cls(_batched(samples, text.batch_size), text, digest.hexdigest())
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all batches."""
+        return sum(batch.shape[0] for batch in self.batches)
+
+    def shard(self, rank: int, world_size: int) -> CalibrationSet:
+        """Samples ``rank``, ``rank + world_size``, … with the text and the hash of the whole set.
+
+        The shard is empty where there are more ranks than samples.
+        """
+        samples = [sample for batch in self.batches for sample in batch]
+        return replace(self, batches=_batched(samples[rank::world_size], self.text.batch_size))
+
+
+def _batched(samples: Sequence[torch.Tensor], batch_size: int) -> tuple[torch.Tensor, ...]:
+    batches: list[torch.Tensor] = []
+    for _, run in groupby(samples, key=len):
+        equal = list(run)
+        batches += [torch.stack(equal[start : start + batch_size]) for start in range(0, len(equal), batch_size)]
+    return tuple(batches)
+
+
+def load_calibration(text: CalibrationText, tokenizer: PreTrainedTokenizerBase) -> CalibrationSet:
+    """Read, sample and tokenise calibration text.
+
+    The sampler is the one of Sliding-Window Merging and Shortened LLaMA: draw a document, tokenise the whole of it
+    (with the tokenizer's special tokens), draw again if it is too short or was used before, then cut
+    ``sequence_length`` tokens at a random offset.
+
+    A ``.txt`` file is first cut into documents: consecutive lines with at least ``2 * sequence_length`` words.
+
+    Args:
+        text: Source and sampling.
+        tokenizer: Tokenizer of the model that is compressed.
+
+    Returns:
+        The samples. For a ``.json`` file they are its lists, whatever ``samples`` and ``sequence_length`` ask for; the
+        ``text`` of the set then says what they are (the longest, where lengths differ).
+
+    Raises:
+        UsageError: The source cannot be read, or has too few documents that are long enough.
+    """
+    if _suffix(text.source) == ".json":
+        samples, flat = _read_ids(Path(text.source), tokenizer)
+        if flat or not samples or min(map(len, samples)) < 2:
+            found = "a flat list" if flat else "a sample of fewer than two ids" if samples else "no sample"
+            raise UsageError(
+                f"{text.source} holds {found}; calibration needs a list of one or more samples, each a list of two or "
+                "more token ids: [[1, 2, 3], [4, 5, 6]]."
+            )
+        actual = replace(text, samples=len(samples), sequence_length=max(len(sample) for sample in samples))
+        return CalibrationSet.from_ids(samples, actual)
+    documents: Sequence[str]
+    if text.source == "embedded":
+        documents = topic_texts("calibration")
+    elif _suffix(text.source) == ".txt":
+        documents = _pieces(_read_text(Path(text.source)), 2 * text.sequence_length)
+    else:
+        documents = _read_column(text.source, text.name, text.split, text.column)
+    return CalibrationSet.from_ids(_sample(documents, text, tokenizer), text)
+
+
+def _sample(documents: Sequence[str], text: CalibrationText, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The authors' sampler; with a memory of rejected documents, it neither tokenises twice nor loops forever."""
+    generator = random.Random(text.seed)
+    samples: list[list[int]] = []
+    rejected: set[int] = set()  # used or too short
+    for _ in range(text.samples):
+        while True:
+            if len(rejected) == len(documents):
+                raise UsageError(
+                    f"Calibration text {text.source!r} has {len(documents)} documents, {len(samples)} of them with at "
+                    f"least {text.sequence_length} tokens, but {text.samples} samples are needed, each from a document "
+                    "of its own. Lower calibration.samples or calibration.sequence_length, or give longer text."
+                )
+            drawn = generator.randint(0, len(documents) - 1)
+            if drawn in rejected:
+                continue
+            rejected.add(drawn)
+            ids = _tokenise(documents[drawn], tokenizer, special_tokens=True)
+            if len(ids) >= text.sequence_length:
+                break
+        offset = generator.randint(0, len(ids) - text.sequence_length)
+        samples.append(ids[offset : offset + text.sequence_length])
+    return samples
+
+
+def load_evaluation(text: EvaluationText, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Read and tokenise text for perplexity.
+
+    Documents are joined by an empty line and tokenised as one stream without special tokens, optionally after one BOS;
+    the stream is cut to ``max_tokens`` and then into windows that do not overlap. The incomplete tail is dropped.
+
+    Args:
+        text: Source and windows.
+        tokenizer: Tokenizer of the model that is measured.
+
+    Returns:
+        Token ids, int64, ``[windows, sequence_length]``.
+
+    Raises:
+        UsageError: The source cannot be read, or does not fill one window.
+    """
+    length = text.sequence_length
+    if _suffix(text.source) == ".json":
+        lists, flat = _read_ids(Path(text.source), tokenizer)
+        unfit = [number for number, ids in enumerate(lists, 1) if len(ids) != length]
+        if not flat and (unfit or text.bos == "stream"):
+            other = f"number {unfit[0]} of {len(lists[unfit[0] - 1])} token ids" if unfit else "not one stream"
+            raise UsageError(
+                f"{text.source} holds ready windows, {other}, but sequence_length is {length} and bos is {text.bos!r}. "
+                "Windows are used exactly as given: they need sequence_length ids each and bos 'none'. Set these, or "
+                "give a flat list of ids."
+            )
+        stream = [token for ids in lists for token in ids]
+    else:
+        stream = _tokenise(_whole_text(text), tokenizer, special_tokens=False)
+    if text.bos == "stream":
+        if tokenizer.bos_token_id is None:
+            raise UsageError("bos is 'stream', but this tokenizer has no BOS token. Set bos to 'none'.")
+        stream.insert(0, tokenizer.bos_token_id)
+    stream = stream[: text.max_tokens]
+    windows = len(stream) // length
+    if windows == 0:
+        raise UsageError(
+            f"Evaluation text {text.source!r} has {len(stream)} tokens, fewer than one window of sequence_length = "
+            f"{length}. Lower sequence_length or give longer text."
+        )
+    return torch.tensor(stream[: windows * length], dtype=torch.int64).view(windows, length)
+
+
+def _whole_text(text: EvaluationText) -> str:
+    if text.source == "embedded":
+        return "\n\n".join(topic_texts("heldout"))
+    if _suffix(text.source) == ".txt":
+        return _read_text(Path(text.source))
+    return "\n\n".join(_read_column(text.source, text.name, text.split, text.column))
+
+
+def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> list[int]:
+    # verbose=False: a document longer than the model's context is cut afterwards, there is nothing to warn of
+    return tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+
+
+def _pieces(text: str, words: int) -> list[str]:
+    """Consecutive lines with at least so many words each; a shorter rest goes to the last piece."""
+    pieces: list[str] = []
+    lines: list[str] = []
+    count = 0
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        count += len(line.split())
+        if count >= words:
+            pieces.append("".join(lines))
+            lines, count = [], 0
+    if lines:
+        pieces.append((pieces.pop() if pieces else "") + "".join(lines))
+    return pieces
+
+
+# Reading. These are also used for instruction rows.
+
+
+def file_suffix(source: str, allowed: Sequence[str]) -> str:
+    """Suffix of a file name, or "" for the id of a Hub data set (or a folder).
+
+    Args:
+        source: What the user gave.
+        allowed: The suffixes that can be read.
+
+    Raises:
+        UsageError: It names a file that is missing or of another kind.
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if suffix not in allowed:
+        if path.is_file():
+            raise UsageError(f"{source} is a file of an unknown kind; allowed are {', '.join(allowed)}.")
+        return ""
+    if not path.is_file():
+        raise UsageError(
+            f"File not found: {source} (looked for as {path.absolute()}). Give an existing {suffix} file; a relative "
+            "path starts at the working directory."
+        )
+    return suffix
+
+
+def _suffix(source: str) -> str:
+    if not source:
+        raise UsageError(
+            f"The source of the text is empty; allowed are 'embedded', a file ({', '.join(_SUFFIXES)}) and the id of a "
+            "Hub data set."
+        )
+    return file_suffix(source, _SUFFIXES)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+
+
+def read_json(path: Path) -> object:
+    """Parse a JSON file.
+
+    Raises:
+        UsageError: It is not JSON; the message names the line.
+    """
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). Correct the file."
+        ) from error
+
+
+def read_jsonl(path: Path) -> list[tuple[str, dict[str, object]]]:
+    """Parse a file with one JSON object a line; empty lines are skipped.
+
+    Returns:
+        Pairs of the place ("file, line 3", for messages) and the object.
+
+    Raises:
+        UsageError: A line is not a JSON object.
+    """
+    rows: list[tuple[str, dict[str, object]]] = []
+    # not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{place}: not valid JSON ({error.msg}); each line must be one JSON object.") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{place}: a JSON {type(row).__name__}; each line must be one JSON object.")
+        rows.append((place, row))
+    return rows
+
+
+def read_parquet(path: Path) -> Dataset:
+    """Open a parquet file.
+
+    Raises:
+        UsageError: It is not a parquet file.
+    """
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    try:
+        return Dataset(pyarrow.parquet.read_table(path))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(f"{path} cannot be read as a parquet file: {error}") from error
+
+
+def load_hub(source: str, name: str | None, split: str) -> Dataset:
+    """Load one split of a Hub data set.
+
+    Raises:
+        UsageError: It does not exist, cannot be reached, or has no such configuration or split.
+    """
+    import datasets
+
+    # The hub client fails with many unrelated exception classes (its own, httpx's, OSError, ValueError, …): whatever
+    # it says is news for the user, not a fault of this program.
+    try:
+        loaded = datasets.load_dataset(source, name, split=split)
+    except Exception as error:
+        configuration = f", configuration {name!r}" if name else ""
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(
+            f"Data set {source!r}{configuration}, split {split!r}, cannot be loaded from the Hub: "
+            f"{type(error).__name__}: {reason}. Give the id of a data set that exists, a "
+            "local file, or 'embedded'; the last two need no network."
+        ) from error
+    if not isinstance(loaded, datasets.Dataset):
+        raise UsageError(f"Data set {source!r}, split {split!r}, is a {type(loaded).__name__}; give one single split.")
+    return loaded
+
+
+def _read_column(source: str, name: str | None, split: str, column: str) -> Sequence[str]:
+    """The texts of one column of a .jsonl, .parquet or Hub data set."""
+    suffix = _suffix(source)
+    if suffix == ".jsonl":
+        texts = []
+        for place, row in read_jsonl(Path(source)):
+            value = row.get(column)
+            if not isinstance(value, str):
+                raise UsageError(_no_column(place, column, list(row)))
+            texts.append(value)
+        return texts
+    table = read_parquet(Path(source)) if suffix == ".parquet" else load_hub(source, name, split)
+    feature = table.features.get(column)
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise UsageError(_no_column(f"{source}, split {split!r}" if not suffix else source, column, table.column_names))
+    # A column of a table is read row by row: a corpus of millions of rows is not copied to draw ten of them.
+    return _Texts(table, column)
+
+
+class _Texts(Sequence[str]):
+    """One column of a table as a sequence; an absent value is an empty text."""
+
+    def __init__(self, table: Dataset, column: str) -> None:
+        self._table, self._column = table, column
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # slices are not needed
+        return self._table[index][self._column] or ""
+
+    def __iter__(self) -> Iterator[str]:
+        for value in self._table[self._column]:
+            yield value or ""
+
+
+def _no_column(place: str, column: str, found: Sequence[str]) -> str:
+    columns = ", ".join(map(repr, found)) or "none"
+    return (
+        f"{place}: no column {column!r} with text; columns found: {columns}. Set `column` to the one that holds text."
+    )
+
+
+def _read_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], bool]:
+    """Token ids of a .json file: a list of lists or a flat list, bare or under the key ``input_ids``.
+
+    Returns:
+        The lists, and whether the file holds a flat list (then there is one).
+    """
+    content = read_json(path)
+    if isinstance(content, dict):
+        if "input_ids" not in content:
+            raise UsageError(f"{path}: keys found: {', '.join(map(repr, content))}; a JSON object needs 'input_ids'.")
+        content = content["input_ids"]
+    if not isinstance(content, list):
+        raise UsageError(f"{path}: a JSON {type(content).__name__}; allowed is a list of lists of token ids.")
+    flat = bool(content) and not any(isinstance(item, list) for item in content)
+    lists = [content] if flat else content
+    limit = 1 + max(tokenizer.get_vocab().values())  # not len(tokenizer): ids may have gaps
+    for number, ids in enumerate(lists, 1):
+        if not isinstance(ids, list):
+            raise UsageError(f"{path}, item {number}: {ids!r} among lists; all items must be lists of token ids.")
+        for position, token in enumerate(ids, 1):
+            if type(token) is not int or not 0 <= token < limit:  # not isinstance(): True is an int
+                raise UsageError(
+                    f"{path}, list {number}, position {position}: {token!r} is not a token id of this tokenizer; "
+                    f"allowed are whole numbers from 0 to {limit - 1}. Were the ids made with another tokenizer?"
+                )
+    return lists, flat
+
+
+def _at_least(what: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise UsageError(f"{what} is {value}; allowed are whole numbers from {minimum}.")

@@ -1,0 +1,23 @@
+"""Measurements of a causal language model that is already in memory: pure functions, typed results.
+
+None of them moves the model, changes its weights or leaves it in another mode than it came in. What is heavy
+(transformers, datasets, lm-eval, torchmetrics) is imported when a measurement starts.
+"""
+
+from slm_pl.evaluation.efficiency import EfficiencyResult, PeakMemory, Spread, measure_generation
+from slm_pl.evaluation.perplexity import PerplexityResult, perplexity
+from slm_pl.evaluation.zero_shot import EMBEDDED_TASK, SEVEN_TASKS, TaskResult, ZeroShotResult, zero_shot
+
+__all__ = [
+    "EMBEDDED_TASK",
+    "SEVEN_TASKS",
+    "EfficiencyResult",
+    "PeakMemory",
+    "PerplexityResult",
+    "Spread",
+    "TaskResult",
+    "ZeroShotResult",
+    "measure_generation",
+    "perplexity",
+    "zero_shot",
+]

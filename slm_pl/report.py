@@ -1,0 +1,290 @@
+"""A comparison as a table on the terminal, ``comparison.md``, ``comparison.json`` and ``comparison.png``."""
+
+import dataclasses
+import io
+import json
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from slm_pl.comparison import Cell, Comparison, Quantity, Row, line_up
+from slm_pl.export import LOAD_EXAMPLE
+from slm_pl.files import write_bytes, write_text
+from slm_pl.results import SCHEMA_VERSION, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def compare(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
+    """Prints results.json files side by side and writes comparison.md, comparison.json and comparison.png.
+
+    Args:
+        paths: The results.json files; a dense baseline (without a plan) is put first, the others stay in this order.
+        output_dir: Where to write; the directory that holds the run directories by default.
+
+    Returns:
+        The table.
+
+    Raises:
+        UsageError: If a file cannot be read, or the output not be written.
+    """
+    comparison = line_up(paths, output_dir)
+    write_text(comparison.output_dir / "comparison.md", _markdown(comparison))
+    write_text(comparison.output_dir / "comparison.json", _as_json(comparison))
+    write_bytes(comparison.output_dir / "comparison.png", _picture(comparison))
+    _print(comparison)
+    return comparison
+
+
+def _number(value: float, quantity: Quantity) -> str:
+    if quantity == "count":
+        return f"{value:,.0f}"
+    if quantity == "parameters":
+        return f"{value / 1e9:,.2f} B" if value >= 1e9 else f"{value / 1e6:,.1f} M" if value >= 1e5 else f"{value:,.0f}"
+    if quantity == "perplexity":
+        return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+    if quantity == "accuracy":
+        return f"{100 * value:.1f} %"
+    if quantity == "seconds":
+        return f"{value:,.2f} s" if value >= 1 else f"{1000 * value:,.1f} ms"
+    if quantity == "rate":
+        return f"{value:,.1f}"
+    return f"{value / 2**30:,.1f} GiB" if value >= 10 * 2**30 else f"{value / 2**20:,.0f} MiB"
+
+
+def _text(cell: Cell, quantity: Quantity) -> str:
+    if cell.value is None:
+        return "–"
+    text = _number(cell.value, quantity)
+    if cell.stderr is not None:
+        if quantity == "accuracy":
+            text = f"{100 * cell.value:.1f} ± {100 * cell.stderr:.1f} %"
+        else:
+            # As many digits as the value has, but never an error of zero.
+            text += f" ± {cell.stderr:,.{2 if cell.value < 1000 or cell.stderr < 1 else 0}f}"
+    if cell.ratio is not None:
+        text += f" ({cell.ratio:.2f}×)" if quantity == "rate" else f" ({100 * cell.ratio:.1f} %)"
+    return text
+
+
+def _texts(comparison: Comparison) -> tuple[list[list[str]], list[str]]:
+    """The table's lines, title first, and the footnotes that its dashes refer to."""
+    notes: list[str] = []
+    lines = []
+    for row in comparison.rows:
+        line = [row.title]
+        for cell in row.cells:
+            text = _text(cell, row.quantity)
+            if cell.reason is not None:
+                if cell.reason not in notes:
+                    notes.append(cell.reason)
+                text += f" [{notes.index(cell.reason) + 1}]"
+            line.append(text)
+        lines.append(line)
+    return lines, notes
+
+
+def _environment_line(label: str, record: Results) -> str:
+    environment = record.environment
+    threads = "" if environment.device.startswith("cuda") else f", {environment.threads} threads"
+    packages = ", ".join(f"{name} {version}" for name, version in environment.packages.items())
+    return (
+        f"{label}: {environment.device} ({environment.device_name}{threads}), {environment.dtype}, {environment.date}; "
+        f"{packages}"
+    )
+
+
+def _markdown(comparison: Comparison) -> str:
+    lines, notes = _texts(comparison)
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    parts = [
+        "# Comparison",
+        "\n".join([line(["", *comparison.labels]), "|---" + "|---:" * len(comparison.labels) + "|", *map(line, lines)]),
+        "\n".join(f"[{index}] {note}  " for index, note in enumerate(notes, 1)),
+        "\n\n".join(f"**Warning:** {warning}" for warning in comparison.warnings),
+        "± is one standard error. Ratios are against the dense baseline."
+        if comparison.baseline
+        else "± is one standard error.",
+        "![The same figures as bars](comparison.png)",
+        "\n".join(
+            f"- {_environment_line(label, record)}"
+            for label, record in zip(comparison.labels, comparison.records, strict=True)
+        ),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _as_json(comparison: Comparison) -> str:
+    models = [
+        {
+            **dataclasses.asdict(record.model),
+            "label": label,
+            "results": str(path),
+            "environment": dataclasses.asdict(record.environment),
+        }
+        for label, path, record in zip(comparison.labels, comparison.paths, comparison.records, strict=True)
+    ]
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "baseline": comparison.labels[0] if comparison.baseline else None,
+        "models": models,
+        "rows": [dataclasses.asdict(row) for row in comparison.rows],
+        "warnings": comparison.warnings,
+    }
+    return json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _print(comparison: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    lines, notes = _texts(comparison)
+    table = Table(title="Comparison")
+    table.add_column("", overflow="fold")
+    for label in comparison.labels:
+        table.add_column(Text(label), justify="right", overflow="fold")
+    rooms = [row.name.partition(".")[0].removeprefix("num_") for row in comparison.rows]
+    for index, line in enumerate(lines):
+        if index and rooms[index] != rooms[index - 1] and rooms[index - 1] != "layers":
+            table.add_section()
+        table.add_row(*map(Text, line))
+
+    console = Console()
+    if not console.is_terminal:
+        # In a file or a pipe nothing limits the width, and folded cells are hard to read.
+        console = Console(width=max(80, console.measure(table, options=console.options.update(width=10_000)).maximum))
+    console.print(table)
+    for index, note in enumerate(notes, 1):
+        console.print(Text(f"[{index}] {note}", style="dim"))
+    for warning in comparison.warnings:
+        console.print(Text(f"Warning: {warning}", style="yellow"))
+    console.print(
+        Text(f"Written: {comparison.output_dir}/comparison.md, comparison.json, comparison.png"), soft_wrap=True
+    )
+    if comparison.export is not None:
+        console.print(Text(f"\nThe compressed model: {comparison.export}\nLoad it with"), soft_wrap=True)
+        console.print(Text(LOAD_EXAMPLE.format(path=comparison.export), style="bold"), soft_wrap=True)
+
+
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart; black and yellow left out.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_UNITS: dict[Quantity, tuple[float, str]] = {
+    "count": (1, ""),
+    "parameters": (1e6, " (million)"),
+    "perplexity": (1, ""),
+    "accuracy": (0.01, " (%)"),
+    "seconds": (1, " (s)"),
+    "rate": (1, ""),
+    "bytes": (2**20, " (MiB)"),
+}
+
+
+def _panels(rows: list[Row]) -> list[Row]:
+    """The rows worth a picture: what was kept, what it cost and what it brought."""
+
+    def first(of: Callable[[Row], bool], most: int = 1) -> list[Row]:
+        return [row for row in rows if of(row)][:most]
+
+    panels = [
+        *first(lambda row: row.quantity == "perplexity", 2),
+        *first(lambda row: row.name.startswith("zero_shot.mean")),
+        *first(lambda row: row.quantity == "parameters"),
+        *first(lambda row: row.name.endswith(".latency_s")),
+        *first(lambda row: row.quantity == "rate"),
+        *first(lambda row: row.quantity == "bytes"),
+    ]
+    # Latency says what throughput says: it gives way where the others fill two lines of three.
+    return [row for row in panels if not row.name.endswith(".latency_s")] if len(panels) > 6 else panels
+
+
+def _picture(comparison: Comparison) -> bytes:
+    """A PNG of small panels with one horizontal bar per model, so that long labels stay readable."""
+    from matplotlib.figure import Figure
+
+    panels = _panels(comparison.rows)
+    models = len(comparison.labels)
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    # A Figure of its own, not pyplot's: nothing global is touched, and it is drawn by Agg.
+    figure = Figure(figsize=(4.3 * columns, (1.3 + 0.42 * models) * lines), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr,call-arg]
+    all_axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, row in zip(all_axes, panels, strict=False):
+        _draw_panel(axes, row, comparison.labels)
+    for axes in all_axes[len(panels) :]:
+        axes.axis("off")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def _draw_panel(axes: "Axes", row: Row, labels: list[str]) -> None:
+    scale, unit = _UNITS[row.quantity]
+    present = [cell.value / scale for cell in row.cells if cell.value is not None]
+    logarithmic = row.quantity == "perplexity" and bool(present) and max(present) > 10 * min(present)
+    # No perplexity is below 1, so that is where a logarithmic bar begins.
+    start = 1.0 if logarithmic else 0.0
+    ends = []
+    for position, cell in enumerate(row.cells):
+        if cell.value is None:
+            axes.annotate(
+                "– no comparable figure",
+                (0, position),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color="#555555",
+                fontsize=9,
+            )
+            continue
+        value = cell.value / scale
+        error = cell.stderr / scale if cell.stderr is not None else 0.0
+        axes.barh(
+            position,
+            value - start,
+            left=start,
+            height=0.62,
+            color=_COLOURS[position % len(_COLOURS)],
+            xerr=error or None,
+            error_kw={"capsize": 3, "elinewidth": 1, "ecolor": "#222222"},
+        )
+        axes.annotate(
+            _text(dataclasses.replace(cell, stderr=None), row.quantity),
+            (value + error, position),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+        ends.append(value + error)
+    end = max(ends, default=1.0)
+    # Room to the right of the longest bar for its value.
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xlim(start, end**1.45)
+    else:
+        axes.set_xlim(start, 1.6 * end or 1.0)
+    # No ticks in the room for the values: accuracy has no 120 %.
+    axes.set_xticks([tick for tick in axes.get_xticks() if start <= tick <= 1.02 * end])
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_yticks(range(len(labels)), [_wrapped(label, 20) for label in labels], fontsize=9)
+    name, _, setting = row.title.partition(" (")
+    notes = [setting.rstrip(")")] * bool(setting) + ["log scale"] * logarithmic
+    axes.set_title(_wrapped(f"{name}{unit}", 36), fontsize=10, loc="left", fontweight="bold")
+    axes.set_xlabel("; ".join(notes), fontsize=8, color="#555555", loc="left")
+    axes.tick_params(axis="x", labelsize=8, colors="#555555")
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _wrapped(label: str, width: int) -> str:
+    lines = textwrap.wrap(label, width)
+    return "\n".join(lines[:3]) + ("…" if len(lines) > 3 else "")

@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from slm_pl.compression import surgery
+from slm_pl.compression.architecture import ARCHITECTURES, architecture_of
+from slm_pl.compression.calibration import LayerReplay, mean_over_ranks
+from slm_pl.compression.plan import Base, MergeLayers, Method, Plan
+from slm_pl.compression.scores import flattened_cosine
+from tests.helpers.pico import pico_model
+
+BATCHES = [torch.randint(3, 512, (2, 20), generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3)]
+
+
+def reference_cosine(dense: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+    a, b = dense.flatten(1).double(), merged.flatten(1).double()
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("other_parameters", ["top", "bottom"])
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (2, 4), (4, 5)])
+def test_replay_scores_what_a_full_forward_of_the_really_merged_model_gives(model_type, other_parameters, low, high):
+    model = pico_model(model_type)
+    replay = LayerReplay(model, BATCHES)
+    with torch.inference_mode():
+        dense = [model(input_ids=ids, output_hidden_states=True).hidden_states[-1] for ids in BATCHES]
+    merged = surgery.merge(replay.layers[low : high + 1], "keep_top", other_parameters, architecture_of(model))
+    candidate = [(high, merged), *((i, replay.layers[i]) for i in range(high + 1, 6))]
+    score = replay.score(candidate, low, flattened_cosine)
+
+    plan = Plan(Base.of(model), Method("t", {}), None, (MergeLayers(low, high, "keep_top", other_parameters),))
+    surgery.apply(model, plan)
+    with torch.inference_mode():
+        after = [model(input_ids=ids, output_hidden_states=True).hidden_states[-1] for ids in BATCHES]
+    expected = torch.cat([reference_cosine(a, b) for a, b in zip(dense, after, strict=True)]).mean().item()
+    assert score == pytest.approx(expected, abs=1e-6)
+    assert score < 0.99999  # the merge is visible: a replay of the dense layers would give 1
+    assert replay.layer_forwards == len(BATCHES) * (6 + 1 + 5 - high)
+
+
+def test_replay_changes_nothing_and_leaves_no_hooks():
+    model = pico_model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    replay = LayerReplay(model, BATCHES)
+    merged = surgery.merge(replay.layers[1:4], "keep_top", "bottom", architecture_of(model))
+    replay.score([(3, merged), (4, replay.layers[4]), (5, replay.layers[5])], 1, flattened_cosine)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    # The whole model from layer 0 is the dense model: similarity 1.
+    assert replay.score(list(enumerate(replay.layers)), 0, flattened_cosine) == pytest.approx(1, abs=1e-12)
+
+
+def test_score_is_per_sample_whatever_the_batching():
+    model = pico_model()
+    ids = torch.cat(BATCHES)
+    scores = []
+    for size in (1, 3, 6):
+        replay = LayerReplay(model, ids.split(size))
+        merged = surgery.merge(replay.layers[2:5], "keep_top", "top", architecture_of(model))
+        scores.append(replay.score([(4, merged), (5, replay.layers[5])], 2, flattened_cosine))
+    assert scores == pytest.approx([scores[0]] * 3, abs=1e-6)
+
+
+def test_non_finite_similarity_stops_with_the_way_out():
+    with pytest.raises(FloatingPointError, match=r"--model\.dtype bfloat16"):
+        mean_over_ranks([0.5, float("nan")])
+    assert mean_over_ranks([0.1] * 10) == 0.1  # fsum: no accumulated rounding

@@ -1,0 +1,346 @@
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from slm_pl.errors import UsageError
+from slm_pl.evaluation import EfficiencyResult, PeakMemory, PerplexityResult, Spread, TaskResult, ZeroShotResult
+from slm_pl.report import compare
+from slm_pl.results import Environment, ModelIdentity, Results
+
+ENVIRONMENT = Environment(
+    packages={"torch": "2.13.0", "python": "3.11.7"},
+    device="cpu",
+    device_name="a processor",
+    threads=2,
+    dtype="float32",
+    date="2026-11-22T00:00:00+00:00",
+    git=None,
+    platform="Linux",
+)
+
+
+def _spread(value):
+    return Spread(median=value, mean=value, stdev=0.1, min=value, max=value)
+
+
+def _results(label, plan=None, perplexity=20.0, accuracy=0.6, latency=4.0, **environment):
+    return Results(
+        model=ModelIdentity(label, f"models/{label}", "models/dense", 24 if plan else 30, 80 if plan else 100, plan),
+        environment=dataclasses.replace(ENVIRONMENT, **environment),
+        perplexity=[PerplexityResult("embedded", 128, "none", 4064, perplexity, 0.5)],
+        zero_shot=ZeroShotResult(
+            "lm_eval 0.4.13", {"boolq": TaskResult("acc", accuracy, 0.02, 25, {"acc": accuracy})}, accuracy, 0.02
+        ),
+        efficiency=[
+            EfficiencyResult(
+                protocol="shortened_llama",
+                batch_size=1,
+                prompt_tokens=12,
+                new_tokens=128,
+                warmup=10,
+                repeats=20,
+                latency_s=_spread(latency),
+                time_to_first_token_s=_spread(latency / 20),
+                output_tokens_per_s=_spread(128 / latency),
+                peak_memory_bytes=PeakMemory(2**30, "process peak resident set (VmHWM)"),
+            )
+        ],
+    )
+
+
+def _save(folder, **records):
+    paths = []
+    for name, record in records.items():
+        record.save(folder / name / "results.json")
+        paths.append(str(folder / name / "results.json"))
+    return paths
+
+
+def _row(comparison, start):
+    (row,) = [row for row in comparison.rows if row.name.startswith(start)]
+    return row
+
+
+def _values(comparison, start):
+    return [cell.value for cell in _row(comparison, start).cells]
+
+
+# ------------------------------------------------------------------------------------------------- the record
+
+
+def test_round_trip_and_names(tmp_path):
+    results = _results("pruned", plan="ab")
+    results.missing["gpu_utilisation"] = "no NVML device"
+    results.save(tmp_path / "new" / "results.json")
+    assert Results.load(tmp_path / "new" / "results.json") == results
+    data = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert list(data) == [
+        "schema_version", "model", "environment", "perplexity", "zero_shot", "efficiency", "missing",
+    ]  # fmt: skip
+    assert data["model"] == {
+        "label": "pruned",
+        "source": "models/pruned",
+        "base": "models/dense",
+        "num_layers": 24,
+        "num_parameters": 80,
+        "plan_sha256": "ab",
+    }
+    assert data["perplexity"][0] == {
+        "corpus": "embedded", "sequence_length": 128, "bos": "none", "tokens": 4064, "value": 20.0, "stderr": 0.5,
+    }  # fmt: skip
+    boolq = {"metric": "acc", "value": 0.6, "stderr": 0.02, "n": 25, "all": {"acc": 0.6}}
+    assert data["zero_shot"]["tasks"] == {"boolq": boolq}
+    assert (data["zero_shot"]["harness"], data["zero_shot"]["mean"]) == ("lm_eval 0.4.13", 0.6)
+    entry = data["efficiency"][0]
+    assert entry["latency_s"] == {"median": 4.0, "mean": 4.0, "stdev": 0.1, "min": 4.0, "max": 4.0}
+    assert entry["peak_memory_bytes"] == {"max": 2**30, "source": "process peak resident set (VmHWM)"}
+    assert data["environment"]["git"] is None
+    assert data["missing"] == {"gpu_utilisation": "no NVML device"}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["results.json"]
+
+
+def test_what_is_missing_is_absent_with_its_reason(tmp_path):
+    results = _results("pruned", plan="ab", perplexity=math.inf)
+    results.zero_shot = None
+    results.efficiency[0] = dataclasses.replace(
+        results.efficiency[0], peak_memory_bytes=None, missing={"peak_memory_bytes": "not allowed"}
+    )
+    results.save(tmp_path / "results.json")
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert "zero_shot" not in data
+    assert "value" not in data["perplexity"][0]
+    assert "peak_memory_bytes" not in data["efficiency"][0]
+    assert data["missing"] == {
+        "perplexity[0].value": "not a finite number (inf)",
+        "efficiency[0].peak_memory_bytes": "not allowed",
+    }
+    again = Results.load(tmp_path / "results.json")
+    assert math.isnan(again.perplexity[0].value)
+    assert again.efficiency[0].peak_memory_bytes is None
+    assert again.to_dict() == data
+
+
+def test_fields_of_a_later_version_are_ignored(tmp_path):
+    data = _results("dense").to_dict()
+    data["energy"] = 3
+    data["perplexity"][0]["stride"] = 64
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    assert Results.load(tmp_path / "results.json") == _results("dense")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(schema_version=2), "has schema_version 2; this program reads 1"),
+        (lambda data: data.pop("schema_version"), "has schema_version 'none'"),
+        (lambda data: data.pop("model"), "model is missing"),
+        (lambda data: data["model"].pop("num_layers"), "model.num_layers is missing"),
+        (lambda data: data["environment"].pop("threads"), "environment.threads is missing"),
+        (lambda data: data["perplexity"][0].pop("value"), r"perplexity\[0\].value is missing"),
+        (lambda data: data["model"].update(num_layers="24"), "model.num_layers is a text, not int"),
+        (lambda data: data.update(efficiency={}), "efficiency is an object, not a list"),
+    ],
+)
+def test_broken_records(tmp_path, change, message):
+    data = _results("dense").to_dict()
+    change(data)
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    with pytest.raises(UsageError, match=message):
+        Results.load(tmp_path / "results.json")
+
+
+def test_files_that_are_no_records(tmp_path):
+    (tmp_path / "text").write_text("perplexity 20")
+    (tmp_path / "list").write_text("[]")
+    for name, message in (("text", "is not JSON"), ("list", "a list"), ("absent", "No such file")):
+        with pytest.raises(UsageError, match=message):
+            Results.load(tmp_path / name)
+
+
+def test_environment_of_this_process():
+    environment = Environment.collect(torch.device("cpu"), torch.bfloat16)
+    assert environment.packages["torch"] == torch.__version__
+    assert environment.packages["python"] == sys.version.split()[0]
+    assert {"transformers", "lightning", "lm_eval", "slm_pl"} <= set(environment.packages)
+    assert (environment.device, environment.dtype, environment.threads) == (
+        "cpu", "bfloat16", torch.get_num_threads(),
+    )  # fmt: skip
+    assert environment.date.endswith("+00:00")
+    assert environment.device_name
+
+
+def test_git_commit_is_the_working_directorys(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert Environment.collect("cpu", "float32").git is None
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert len(commit) == 40
+    assert Environment.collect("cpu", "float32").git == commit
+
+
+def test_import_is_light():
+    code = (
+        "import sys, slm_pl.report, slm_pl.evaluation; "
+        "print({'transformers', 'datasets', 'lm_eval', 'matplotlib', 'torchmetrics', 'lightning'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# --------------------------------------------------------------------------------------------- the comparison
+
+
+def test_figures_side_by_side(tmp_path, capsys):
+    paths = _save(
+        tmp_path,
+        pruned=_results("pruned", "ab", perplexity=9000.0, accuracy=0.25, latency=3.2),
+        dense=_results("dense"),
+        recovered=_results("recovered", "ab", perplexity=40.0, accuracy=0.5, latency=3.2),
+    )
+    comparison = compare(paths)
+    assert comparison.labels == ["dense", "pruned", "recovered"]
+    assert comparison.baseline
+    assert comparison.warnings == []
+    assert _values(comparison, "num_layers") == [30, 24, 24]
+    assert _values(comparison, "perplexity.embedded.128") == [20.0, 9000.0, 40.0]
+    assert _values(comparison, "zero_shot.boolq.acc") == [0.6, 0.25, 0.5]
+    assert _values(comparison, "zero_shot.mean") == [0.6, 0.25, 0.5]
+    assert [cell.ratio for cell in _row(comparison, "num_parameters").cells] == [None, 0.8, 0.8]
+    (speed,) = [row for row in comparison.rows if row.name.endswith("output_tokens_per_s")]
+    assert [cell.ratio for cell in speed.cells] == [None, pytest.approx(1.25), pytest.approx(1.25)]
+
+    assert comparison.output_dir == tmp_path.resolve()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "comparison.json", "comparison.md", "comparison.png",
+    ]  # fmt: skip
+    markdown = (tmp_path / "comparison.md").read_text()
+    printed = capsys.readouterr().out
+    for text in (markdown, printed):
+        lines = [[cell.strip() for cell in line.replace("│", "|").strip("| ").split("|")] for line in text.split("\n")]
+        assert ["Perplexity embedded @ 128 (4,064 tokens)", "20.00 ± 0.50", "9,000 ± 0.50", "40.00 ± 0.50"] in lines
+        assert ["boolq, acc (n = 25)", "60.0 ± 2.0 %", "25.0 ± 2.0 %", "50.0 ± 2.0 %"] in lines
+        speeds = ["Output tokens/s, median (batch 1, 12 + 128 tokens)", "32.0", "40.0 (1.25×)", "40.0 (1.25×)"]
+        assert speeds in lines
+    assert "| | dense | pruned | recovered |" in markdown.replace("|  |", "| |")
+
+    data = json.loads((tmp_path / "comparison.json").read_text())
+    assert data["schema_version"] == 1
+    assert data["baseline"] == "dense"
+    assert [model["results"] for model in data["models"]] == [paths[1], paths[0], paths[2]]
+    assert data["models"][0]["environment"]["threads"] == 2
+    by_name = {row["name"]: row["cells"] for row in data["rows"]}
+    assert [cell["value"] for cell in by_name["num_parameters"]] == [100, 80, 80]
+
+
+def test_picture_is_a_png_with_every_bar(tmp_path):
+    from matplotlib.image import imread
+
+    paths = _save(tmp_path, dense=_results("dense"), pruned=_results("pruned", "ab", perplexity=9000.0))
+    compare(paths, output_dir=str(tmp_path / "out"))
+    picture = imread(tmp_path / "out" / "comparison.png")
+    assert picture.shape[1] > picture.shape[0] > 300
+    colours = {tuple(int(round(255 * part)) for part in pixel[:3]) for pixel in picture[::4, ::4].reshape(-1, 4)}
+    assert {(0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)} <= colours
+    assert (tmp_path / "out" / "comparison.png").stat().st_mode == (tmp_path / "out" / "comparison.md").stat().st_mode
+
+
+def test_missing_figures_are_dashes_with_footnotes(tmp_path):
+    pruned = _results("pruned", "ab", perplexity=math.inf)
+    pruned.zero_shot = None
+    pruned.missing["zero_shot"] = "no data on this machine"
+    pruned.efficiency[0] = dataclasses.replace(
+        pruned.efficiency[0], peak_memory_bytes=None, missing={"peak_memory_bytes": "not allowed"}
+    )
+    compare(_save(tmp_path, dense=_results("dense"), pruned=pruned))
+    markdown = (tmp_path / "comparison.md").read_text()
+    assert "| Perplexity embedded @ 128 (4,064 tokens) | 20.00 ± 0.50 | – [1] |" in markdown
+    assert "| boolq, acc (n = 25) | 60.0 ± 2.0 % | – [2] |" in markdown
+    assert "| Peak memory (batch 1, 12 + 128 tokens) | 1,024 MiB | – [3] |" in markdown
+    for footnote in ("[1] not a finite number (inf)", "[2] no data on this machine", "[3] not allowed"):
+        assert footnote in markdown
+
+
+def test_protocols_do_not_share_a_row(tmp_path):
+    pruned = _results("pruned", "ab")
+    pruned.perplexity[0] = dataclasses.replace(pruned.perplexity[0], sequence_length=2048)
+    pruned.zero_shot = dataclasses.replace(
+        pruned.zero_shot, limit=10, tasks={"boolq": dataclasses.replace(pruned.zero_shot.tasks["boolq"], n=10)}
+    )
+    comparison = compare(_save(tmp_path, dense=_results("dense"), pruned=pruned))
+    assert _values(comparison, "perplexity.embedded.128") == [20.0, None]
+    assert _values(comparison, "perplexity.embedded.2048") == [None, 20.0]
+    assert _values(comparison, "zero_shot.boolq.acc.25") == [0.6, None]
+    means = [[cell.value for cell in row.cells] for row in comparison.rows if row.name.startswith("zero_shot.mean")]
+    assert means == [[0.6, None], [None, 0.6]]
+    assert _row(comparison, "perplexity.embedded.2048").cells[0].reason == "measured with another protocol only"
+    assert any("perplexity protocol" in warning for warning in comparison.warnings)
+    assert any("zero-shot protocol" in warning and "limit 10" in warning for warning in comparison.warnings)
+
+
+@pytest.mark.parametrize(
+    ("environment", "field"),
+    [
+        ({"threads": 8}, "threads (dense: 2; pruned: 8)"),
+        ({"dtype": "bfloat16"}, "dtype (dense: float32; pruned: bfloat16)"),
+        ({"device": "cuda:0"}, "device (dense: cpu; pruned: cuda:0)"),
+        ({"packages": {"torch": "2.6.0"}}, "torch version (dense: 2.13.0; pruned: 2.6.0)"),
+    ],
+)
+def test_other_environments_are_warned_of(tmp_path, capsys, environment, field):
+    comparison = compare(
+        _save(tmp_path, dense=_results("dense"), pruned=_results("pruned", "ab", **environment)),
+    )
+    (warning,) = comparison.warnings
+    assert field in warning
+    assert f"**Warning:** {warning}" in (tmp_path / "comparison.md").read_text()
+    assert warning.split("(")[0] in capsys.readouterr().out
+
+
+def test_without_a_dense_baseline(tmp_path):
+    comparison = compare(_save(tmp_path, a=_results("a", "ab"), b=_results("b", "cd")))
+    assert not comparison.baseline
+    assert any("no dense baseline" in warning for warning in comparison.warnings)
+    assert all(cell.ratio is None for row in comparison.rows for cell in row.cells)
+    assert json.loads((tmp_path / "comparison.json").read_text())["baseline"] is None
+
+
+def test_equal_labels_are_told_apart(tmp_path):
+    paths = _save(tmp_path, one=_results("pruned", "ab"), two=_results("pruned", "cd"), dense=_results("dense"))
+    assert compare([*paths, paths[0]]).labels == ["dense", "pruned (one)", "pruned (two)"]
+    elsewhere = _save(tmp_path / "other", one=_results("pruned", "ef"))
+    comparison = compare([*paths, *elsewhere])
+    assert comparison.labels == ["dense", "pruned (one) #1", "pruned (two)", "pruned (one) #2"]
+    assert comparison.output_dir == tmp_path.resolve()
+
+
+def test_the_last_export_and_how_to_load_it(tmp_path, capsys):
+    records = {}
+    for name in ("pruned", "recovered", "gone"):
+        record = _results(name, "ab")
+        export = tmp_path / name / "export"
+        if name != "gone":
+            export.mkdir(parents=True)
+            (export / "config.json").write_text("{}")
+        record.model = dataclasses.replace(record.model, source=str(export))
+        records[name] = record
+    comparison = compare(_save(tmp_path, dense=_results("dense"), **records))
+    export = str(tmp_path / "recovered" / "export")
+    assert comparison.export == export
+    assert capsys.readouterr().out.endswith(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({export!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({export!r})\n"
+    )
+
+
+def test_nothing_to_compare():
+    with pytest.raises(UsageError, match="got no files"):
+        compare([])
