@@ -52,6 +52,7 @@ class CLI(LightningCLI):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
         # Never parsed from here, see main(): it stands in the help.
+        parser.description = "Makes a causal language model smaller and faster, and measures what that cost."
         action = parser._subcommands_action
         assert action is not None
         action.add_subcommand("compare", compare_parser(), help="Put results side by side.")
@@ -124,6 +125,7 @@ def quieten() -> None:
         ".*does not have many workers.*",
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
         ".*is_gradient_checkpointing.*",
+        ".*LightningCLI's args parameter is intended.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -153,6 +155,15 @@ def main(args: Sequence[str] | None = None) -> None:
             CLI(None if args is None else given)
     except (UsageError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except ValueError as error:
+        # Of a class inside a list or an optional, jsonargparse wraps what its __init__ raised.
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, UsageError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,7 +1,5 @@
 """Alpaca instructions for recovery training, and the calibration text of the compression methods."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -191,7 +189,7 @@ class AlpacaDataModule(LightningDataModule):
         self._val_prompts: list[Prompt] = []
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Tokenizer of the module that the trainer runs."""
         assert self.trainer is not None
         return cast("PreTrainedTokenizerBase", self.trainer.lightning_module.tokenizer)

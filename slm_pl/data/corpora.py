@@ -1,7 +1,5 @@
 """Text for calibration and perplexity: where it comes from, how it is sampled and cut into token ids."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random
@@ -111,7 +109,7 @@ class CalibrationSet:
     sha256: str
 
     @classmethod
-    def from_ids(cls, ids: Sequence[Sequence[int]], text: CalibrationText) -> CalibrationSet:
+    def from_ids(cls, ids: Sequence[Sequence[int]], text: CalibrationText) -> "CalibrationSet":
         """Batch samples (``text.batch_size`` consecutive ones of equal length) and hash them."""
         digest = hashlib.sha256(json.dumps([list(sample) for sample in ids], separators=(",", ":")).encode())
         samples = [torch.tensor(sample, dtype=torch.int64) for sample in ids]
@@ -128,7 +126,7 @@ class CalibrationSet:
         """Number of samples in all batches."""
         return sum(batch.shape[0] for batch in self.batches)
 
-    def shard(self, rank: int, world_size: int) -> CalibrationSet:
+    def shard(self, rank: int, world_size: int) -> "CalibrationSet":
         """Samples ``rank``, ``rank + world_size``, … with the text and the hash of the whole set.
 
         The shard is empty where there are more ranks than samples.
@@ -145,7 +143,7 @@ def _batched(samples: Sequence[torch.Tensor], batch_size: int) -> tuple[torch.Te
     return tuple(batches)
 
 
-def load_calibration(text: CalibrationText, tokenizer: PreTrainedTokenizerBase) -> CalibrationSet:
+def load_calibration(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase") -> CalibrationSet:
     """Read, sample and tokenise calibration text.
 
     The sampler is the one of Sliding-Window Merging and Shortened LLaMA: draw a document, tokenise the whole of it
@@ -185,7 +183,7 @@ def load_calibration(text: CalibrationText, tokenizer: PreTrainedTokenizerBase) 
     return CalibrationSet.from_ids(_sample(documents, text, tokenizer), text)
 
 
-def _sample(documents: Sequence[str], text: CalibrationText, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _sample(documents: Sequence[str], text: CalibrationText, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """The authors' sampler; with a memory of rejected documents, it neither tokenises twice nor loops forever."""
     generator = random.Random(text.seed)
     samples: list[list[int]] = []
@@ -210,7 +208,7 @@ def _sample(documents: Sequence[str], text: CalibrationText, tokenizer: PreTrain
     return samples
 
 
-def load_evaluation(text: EvaluationText, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def load_evaluation(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
     """Read and tokenise text for perplexity.
 
     Documents are joined by an empty line and tokenised as one stream without special tokens, optionally after one BOS;
@@ -262,7 +260,7 @@ def _whole_text(text: EvaluationText) -> str:
     return "\n\n".join(_read_column(text.source, text.name, text.split, text.column))
 
 
-def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> list[int]:
+def _tokenise(text: str, tokenizer: "PreTrainedTokenizerBase", *, special_tokens: bool) -> list[int]:
     # verbose=False: a document longer than the model's context is cut afterwards, there is nothing to warn of
     return tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
 
@@ -365,7 +363,7 @@ def read_jsonl(path: Path) -> list[tuple[str, dict[str, object]]]:
     return rows
 
 
-def read_parquet(path: Path) -> Dataset:
+def read_parquet(path: Path) -> "Dataset":
     """Open a parquet file.
 
     Raises:
@@ -380,7 +378,7 @@ def read_parquet(path: Path) -> Dataset:
         raise UsageError(f"{path} cannot be read as a parquet file: {error}") from error
 
 
-def load_hub(source: str, name: str | None, split: str) -> Dataset:
+def load_hub(source: str, name: str | None, split: str) -> "Dataset":
     """Load one split of a Hub data set.
 
     Raises:
@@ -427,7 +425,7 @@ def _read_column(source: str, name: str | None, split: str, column: str) -> Sequ
 class _Texts(Sequence[str]):
     """One column of a table as a sequence; an absent value is an empty text."""
 
-    def __init__(self, table: Dataset, column: str) -> None:
+    def __init__(self, table: "Dataset", column: str) -> None:
         self._table, self._column = table, column
 
     def __len__(self) -> int:
@@ -448,7 +446,7 @@ def _no_column(place: str, column: str, found: Sequence[str]) -> str:
     )
 
 
-def _read_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], bool]:
+def _read_ids(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[list[int]], bool]:
     """Token ids of a .json file: a list of lists or a flat list, bare or under the key ``input_ids``.
 
     Returns:

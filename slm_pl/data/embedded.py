@@ -9,8 +9,6 @@ Two sources, read from the running interpreter:
 Both differ a little between Python versions, so :func:`fingerprint` belongs into every record of a result.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json

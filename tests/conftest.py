@@ -1,0 +1,28 @@
+"""Fixtures that more than one test module uses."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub, which reads it once; children inherit it
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.pico import pico_model
+from tests.helpers.tokenizer import pico_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reaches the Hub, also where huggingface_hub was imported before this file."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def pico_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with a six-layer pico Llama and its tokenizer; tests only read it."""
+    directory = tmp_path_factory.mktemp("pico") / "model"
+    pico_model(bos_token_id=0, eos_token_id=1, pad_token_id=2).save_pretrained(directory)
+    pico_tokenizer().save_pretrained(directory)
+    return directory

@@ -1,0 +1,161 @@
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from slm_pl import files
+from slm_pl.errors import UsageError
+
+
+@pytest.fixture
+def umask_027():
+    old = os.umask(0o027)
+    yield
+    os.umask(old)
+
+
+def content(directory: Path) -> dict[str, str]:
+    """Every file below a directory, hidden ones too."""
+    return {str(p.relative_to(directory)): p.read_text() for p in directory.rglob("*") if p.is_file()}
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_write_makes_parents_and_replaces(tmp_path):
+    files.write_bytes(tmp_path / "a" / "b" / "c.bin", b"\x00\xff")
+    files.write_text(tmp_path / "t.txt", "old")
+    files.write_text(tmp_path / "t.txt", "Größe\n")
+    assert (tmp_path / "a" / "b" / "c.bin").read_bytes() == b"\x00\xff"
+    assert (tmp_path / "t.txt").read_bytes() == b"Gr\xc3\xb6\xc3\x9fe\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "t.txt"]
+
+
+@pytest.mark.usefixtures("umask_027")
+def test_permissions_follow_the_umask(tmp_path):
+    files.write_text(tmp_path / "t.txt", "x")
+    with files.new_directory(tmp_path / "d") as directory:
+        (directory / "inside").write_text("x")
+    assert mode(tmp_path / "t.txt") == 0o640
+    assert mode(tmp_path / "d") == 0o750
+    assert os.umask(0o027) == 0o027  # asking for the mask did not change it
+
+
+def test_failing_write_keeps_the_old_file_and_leaves_no_temporary_one(tmp_path, monkeypatch):
+    path = tmp_path / "t.txt"
+    path.write_text("old")
+
+    def full(source, target):
+        assert Path(source).read_text() == "new"  # it fails at the last moment
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(UsageError, match=f"Cannot write to {tmp_path}: No space left on device"):
+            files.write_text(path, "new")
+    assert content(tmp_path) == {"t.txt": "old"}
+    with pytest.raises(TypeError):
+        files.write_bytes(path, "not bytes")  # type: ignore[arg-type]
+    assert content(tmp_path) == {"t.txt": "old"}
+
+
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "chmod", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            files.write_text(tmp_path / "t.txt", "new")
+    assert content(tmp_path) == {}
+
+
+def test_unwritable_place_is_told(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file" / "x.txt", tmp_path / "file" / "y" / "x.txt", Path("/proc/nowhere/x.txt")):
+        with pytest.raises(UsageError, match="Cannot write to .*Give a directory"):
+            files.write_text(path, "new")
+        with pytest.raises(UsageError, match="Cannot write to .*Give a directory"):
+            files.check_output_directory(path, overwrite=True)
+        with pytest.raises(UsageError, match="Cannot write to .*Give a directory"), files.new_directory(path):
+            pytest.fail("the block must not run")
+    assert content(tmp_path) == {"file": "x"}
+
+
+def test_new_directory_appears_whole(tmp_path):
+    target = tmp_path / "runs" / "export"
+    with files.new_directory(target) as directory:
+        (directory / "sub").mkdir()
+        (directory / "sub" / "a").write_text("1")
+        assert not target.exists()
+    assert content(tmp_path) == {"runs/export/sub/a": "1"}
+    assert os.listdir(tmp_path / "runs") == ["export"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), UsageError("no")])
+def test_error_inside_leaves_nothing(tmp_path, error):
+    with pytest.raises(type(error)), files.new_directory(tmp_path / "new") as directory:
+        (directory / "half").write_text("x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_error_inside_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="No space left"), files.new_directory(tmp_path / "new"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite_replaces_the_whole_directory_and_an_error_keeps_the_old(tmp_path):
+    old = tmp_path / "export"
+    (old / "sub").mkdir(parents=True)
+    (old / "sub" / "stale").write_text("old")
+    with pytest.raises(RuntimeError), files.new_directory(old, overwrite=True) as directory:
+        (directory / "half").write_text("x")
+        raise RuntimeError("boom")
+    assert content(tmp_path) == {"export/sub/stale": "old"}
+    with files.new_directory(old, overwrite=True) as directory:
+        (directory / "fresh").write_text("new")
+        assert content(old) == {"sub/stale": "old"}  # until the new one is whole
+    assert content(tmp_path) == {"export/fresh": "new"}
+    assert os.listdir(tmp_path) == ["export"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_failing_swap_puts_the_old_directory_back(tmp_path, monkeypatch, failing):
+    old = tmp_path / "export"
+    old.mkdir()
+    (old / "a").write_text("old")
+    replace, calls = os.replace, []
+
+    def replace_once_less(source, target):
+        calls.append(source)
+        if len(calls) == failing:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_once_less)
+        with pytest.raises(UsageError, match="Input/output error"), files.new_directory(old, overwrite=True) as new:
+            (new / "a").write_text("new")
+    assert content(tmp_path) == {"export/a": "old"}
+    assert os.listdir(tmp_path) == ["export"]
+
+
+def test_what_is_there_is_refused_without_overwrite(tmp_path):
+    full, empty, file = tmp_path / "full", tmp_path / "empty", tmp_path / "file"
+    full.mkdir()
+    (full / "a").write_text("old")
+    empty.mkdir()
+    file.write_text("x")
+    with pytest.raises(UsageError, match="exists and is not empty.*--overwrite"), files.new_directory(full):
+        pytest.fail("the block must not run")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="is a file. Give the path of a directory"):
+            files.check_output_directory(file, overwrite)
+    with files.new_directory(empty) as directory:
+        (directory / "b").write_text("new")
+    files.check_output_directory(full, overwrite=True)
+    assert content(tmp_path) == {"full/a": "old", "file": "x", "empty/b": "new"}

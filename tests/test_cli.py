@@ -1,0 +1,248 @@
+"""The command line as a user meets it: real parsing, real files, pico models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slm_pl.cli import main
+from tests.helpers.pico import pico_model
+from tests.helpers.tokenizer import pico_tokenizer
+
+ROWS = [{"instruction": f"Say {i}", "input": "", "output": f"This is number {i}."} for i in range(12)]
+TEXTS = [f"Sentence {i} of a text. " * 30 for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A pico model, Alpaca rows and texts, as files."""
+    root = tmp_path_factory.mktemp("inputs")
+    pico_model(num_hidden_layers=6, max_position_embeddings=512).save_pretrained(root / "model")
+    pico_tokenizer().save_pretrained(root / "model")
+    (root / "alpaca.json").write_text(json.dumps(ROWS))
+    (root / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    return root
+
+
+@pytest.fixture
+def arguments(inputs, tmp_path):
+    """Writes a config for the pico model; changes are dotted keys. Returns the arguments of the command line."""
+
+    def write(*changes: str, name: str = "config.yaml", callbacks: list | None = None, **top: object) -> list[str]:
+        run = tmp_path / "run"
+        config = {
+            **top,
+            "model": {"pretrained": str(inputs / "model"), "warmup_steps": 1},
+            "data": {
+                "path": str(inputs / "alpaca.json"),
+                "val_size": 2,
+                "cutoff": 64,
+                "calibration": {"source": str(inputs / "texts.jsonl"), "samples": 3, "sequence_length": 16},
+            },
+            "trainer": {
+                "default_root_dir": str(run),
+                "accelerator": "cpu",
+                "logger": False,
+                "max_steps": 2,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "enable_checkpointing": False,
+                "callbacks": [
+                    {"class_path": "callbacks.SlidingWindowMerging", "init_args": {"remove_layers": 2}},
+                    {"class_path": "callbacks.ExportCheckpoint", "init_args": {"output_dir": str(run / "export")}},
+                ]
+                if callbacks is None
+                else callbacks,
+            },
+        }
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(config))
+        return ["--config", str(path), *changes]
+
+    return write
+
+
+def failure(capsys, args: list[str]) -> tuple[int, str]:
+    """Runs a command that must fail; returns its status and what it said."""
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return caught.value.code, error
+
+
+def test_prune_exports_the_size_that_was_asked_for(arguments, tmp_path, capsys):
+    main(["prune", *arguments()])
+    export = tmp_path / "run" / "export"
+    assert json.loads((export / "config.json").read_text())["num_hidden_layers"] == 4
+    assert (export / "plan.json").read_bytes() == (tmp_path / "run" / "plan.json").read_bytes()
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_fit_then_test_then_compare(arguments, inputs, tmp_path, capsys):
+    hooks = [
+        {
+            "class_path": "callbacks.Perplexity",
+            "init_args": {"texts": [{"source": str(inputs / "texts.jsonl"), "sequence_length": 16}]},
+        },
+        {"class_path": "callbacks.Efficiency", "init_args": {"new_tokens": 4, "warmup": 1, "repeats": 2}},
+    ]
+    main(["fit", *arguments()])
+    export = tmp_path / "run" / "export"
+    for label, model in (("dense", inputs / "model"), ("recovered", export)):
+        changes = ("--model.pretrained", str(model), "--trainer.default_root_dir", str(tmp_path / "runs" / label))
+        main(["test", *arguments(*changes, name="test.yaml", callbacks=hooks)])
+    results = json.loads((tmp_path / "runs" / "recovered" / "results.json").read_text())
+    assert results["model"]["label"] == "recovered"
+    assert results["model"]["num_layers"] == 4
+    assert results["model"]["base"] == str(inputs / "model")
+    assert results["efficiency"][0]["new_tokens"] == 4
+    assert results["perplexity"][0]["value"] > 1
+    main(["compare", *(str(tmp_path / "runs" / x / "results.json") for x in ("dense", "recovered"))])
+    assert "AutoModelForCausalLM" in capsys.readouterr().out.split("Load it with")[1]
+    comparison = json.loads((tmp_path / "runs" / "comparison.json").read_text())
+    layers = next(row for row in comparison["rows"] if row["name"] == "num_layers")
+    assert [cell["value"] for cell in layers["cells"]] == [6, 4]
+    assert (tmp_path / "runs" / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_predict_writes_completions(arguments, tmp_path):
+    main(["predict", *arguments("--model.max_new_tokens", "3")])
+    predictions = json.loads((tmp_path / "run" / "predictions.json").read_text())
+    assert len(predictions) == 2
+    assert all(p["instruction"].startswith("Say ") and "completion" in p for p in predictions)
+
+
+def swm(**init_args: object) -> list[dict]:
+    return [{"class_path": "callbacks.SlidingWindowMerging", "init_args": init_args}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "callbacks", "status", "messages"),
+    [
+        (["--model.pretrained", "./nowhere"], None, 1, ["There is no directory ./nowhere", "a Hub id"]),
+        (["--model.pretrained", "model.gguf"], None, 1, ["There is no file model.gguf"]),
+        (["--model.pretrained", "package:no_such_pkg/x.gguf"], None, 1, ["'no_such_pkg', which is not installed"]),
+        (["--data.calibration.source", "none.txt"], None, 1, ["none.txt"]),
+        (
+            ["--data.calibration.sequence_length", "4000"],
+            None,
+            1,
+            ["each from a document of its own", "calibration.sequence_length"],
+        ),
+        (["--data.calibration.samples", "0"], None, 1, ["samples is 0"]),
+        (["--data.path", "none.json"], None, 1, ["none.json"]),
+        ([], swm(threshold=1.5), 1, ["threshold is 1.5", "(-1, 1]"]),
+        ([], swm(threshold=-1), 1, ["threshold is -1", "(-1, 1]"]),
+        ([], swm(remove_layers=6), 1, ["remove_layers is 6, the model has 6 layers", "1 to 4 layers"]),
+        ([], swm(remove_layers=0), 1, ["remove_layers is 0", "at least 1"]),
+        ([], swm(ratio=0.001), 1, ["ratio 0.001 means 0 of 6 layers"]),
+        ([], swm(ratio=20), 1, ["ratio is 20", "(0, 1)"]),
+        ([], swm(threshold=0.5, remove_layers=2), 1, ["threshold=0.5 and remove_layers=2", "exactly one of"]),
+        ([], swm(), 1, ["none of threshold, remove_layers and ratio", "exactly one of"]),
+        ([], swm(treshold=0.5), 2, ["treshold"]),
+        ([], swm(remove_layers=1, consolidation="magic"), 2, ["magic", "keep_top"]),
+        ([], swm(plan_path="none.json"), 1, ["There is no plan at none.json"]),
+        ([], [{"class_path": "callbacks.NoSuchMethod"}], 2, ["NoSuchMethod"]),
+        (["--model.learning_rte", "1"], None, 2, ["learning_rte"]),
+        (["--model.lora.r", "0"], None, 1, ["lora.r is 0"]),
+        (["--trainer.default_root_dir", "{file}/run"], None, 1, ["Cannot write to", "Give a directory"]),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:60] if isinstance(value, list) else None,
+)
+def test_bad_input_is_told_in_one_message(arguments, inputs, tmp_path, capsys, changes, callbacks, status, messages):
+    args = arguments(*(c.format(file=inputs / "alpaca.json") for c in changes), callbacks=callbacks)
+    code, error = failure(capsys, ["fit", *args])
+    assert code == status
+    for message in messages:
+        assert message in error
+    # Nothing half-written: no export, no plan, no results.
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("plan*.json"))
+
+
+def test_lora_on_modules_the_model_lacks(arguments, tmp_path, capsys):
+    code, error = failure(capsys, ["fit", *arguments("--model.lora.target_modules", "[qq_proj]")])
+    assert code == 1
+    assert "['qq_proj'], which the model does not have. Its projections are ['down_proj', 'gate_proj'" in error
+    assert (tmp_path / "run" / "plan.json").is_file()  # the search was done; its plan is whole and can be used again
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_empty_calibration_text(arguments, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n")
+    code, error = failure(capsys, ["prune", *arguments("--data.calibration.source", str(tmp_path / "empty.txt"))])
+    assert code == 1
+    assert "empty.txt" in error
+
+
+def test_non_empty_output_directory_needs_overwrite(arguments, tmp_path, capsys):
+    export = tmp_path / "run" / "export"
+    export.mkdir(parents=True)
+    (export / "mine.txt").write_text("precious")
+    code, error = failure(capsys, ["prune", *arguments()])
+    assert (code, (export / "mine.txt").read_text()) == (1, "precious")
+    assert f"{export} exists and is not empty" in error
+    assert "--overwrite" in error
+    assert not (tmp_path / "run" / "plan.json").exists()  # told before the search
+    main(["prune", *arguments("--overwrite")])
+    assert (export / "config.json").is_file()
+    assert not (export / "mine.txt").exists()
+
+
+def test_results_are_not_replaced_without_overwrite(arguments, tmp_path, capsys):
+    results = tmp_path / "run" / "results.json"
+    results.parent.mkdir()
+    results.write_text("earlier")
+    code, error = failure(capsys, ["test", *arguments(callbacks=[])])
+    assert (code, results.read_text()) == (1, "earlier")
+    assert "holds the results of an earlier test" in error
+
+
+def test_unsupported_architecture(arguments, tmp_path, capsys):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=512)).save_pretrained(tmp_path / "gpt2")
+    pico_tokenizer().save_pretrained(tmp_path / "gpt2")
+    code, error = failure(capsys, ["prune", *arguments("--model.pretrained", str(tmp_path / "gpt2"))])
+    assert code == 1
+    assert "model_type 'gpt2'; supported are llama" in error
+
+
+def test_config_of_another_version_and_other_bad_configs(arguments, tmp_path, capsys):
+    code, error = failure(capsys, ["fit", *arguments(config_version=7, something_new=1)])
+    assert code == 1
+    assert "config_version 7; this slm_pl reads 1" in error
+    code, error = failure(capsys, ["fit", "--config", str(tmp_path / "none.yaml")])
+    assert code == 1
+    assert "There is no config file" in error
+    (tmp_path / "broken.yaml").write_text("a: [1, 2")
+    code, error = failure(capsys, ["fit", "--config", str(tmp_path / "broken.yaml")])
+    assert code == 1
+    assert "is no YAML" in error
+
+
+def test_hub_model_that_cannot_be_reached(arguments, capsys, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    code, error = failure(capsys, ["test", *arguments("--model.pretrained", "no-one/no-such-model", callbacks=[])])
+    assert code == 1
+    assert "'no-one/no-such-model' could not be fetched from the Hub" in error
+
+
+def test_main_help_starts_as_fast_as_its_libraries():
+    """Imports, not seconds: what `--help` loads beyond torch and lightning."""
+    code = (
+        "import sys, torch, lightning; before = set(sys.modules)\n"
+        "from slm_pl.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'transformers', 'peft', 'lm_eval', 'matplotlib', 'deepspeed', 'datasets', 'gguf', 'rich'}\n"
+        "print('NEW', sorted({m.split('.')[0] for m in set(sys.modules) - before} & heavy))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "prune" in out
+    assert "NEW []" in out
