@@ -64,10 +64,11 @@ class CompressionCallback(pl.Callback, ABC):
         assert isinstance(pl_module, CausalLM)
         if self._applied is not None and self._applied in pl_module.plans:
             return  # the same objects run a second stage
-        carried = [plan for plan in pl_module.plans if plan.method.class_path == self.class_path]
+        others = [c._applied for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
+        carried = [p for p in pl_module.plans if p.method.class_path == self.class_path and p not in others]
         if carried:
             wanted = self.arguments()
-            if carried[-1].method.init_args != wanted and self.plan_path is None:
+            if self.plan_path is None and all(plan.method.init_args != wanted for plan in carried):
                 rank_zero_warn(
                     f"{pl_module.pretrained} was compressed by {self.class_path} with {carried[-1].method.init_args} "
                     f"and is not compressed again with {wanted}. Start from the dense model to change them."
@@ -95,19 +96,6 @@ class CompressionCallback(pl.Callback, ABC):
             f"{before.num_parameters / 1e6:,.1f} M -> {parameters / 1e6:,.1f} M parameters "
             f"({1 - parameters / before.num_parameters:.1%} removed). Plan: {run_plan}"
         )
-
-    def state_dict(self) -> dict[str, str]:
-        """The plan travels in every checkpoint, as the text of ``plan.json``."""
-        return {} if self._applied is None else {"plan": self._applied.to_json()}
-
-    def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        """Refuses a checkpoint that was trained on a differently compressed model."""
-        plan = state_dict.get("plan")
-        if plan is not None and self._applied is not None and plan != self._applied.to_json():
-            raise UsageError(
-                "The checkpoint was trained on a model that another plan had compressed. Resume with the plan.json of "
-                "the run that wrote it (plan_path), or start anew without --ckpt_path."
-            )
 
     @property
     def class_path(self) -> str:

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.base import CompressionCallback, EarlyCheck
 from slm_pl import files
+from slm_pl.console import LOAD_EXAMPLE
 from slm_pl.errors import UsageError
-from slm_pl.export import LOAD_EXAMPLE, save_compressed
+from slm_pl.export import save_compressed
 from slm_pl.module import CausalLM, may_overwrite
 
 
@@ -41,30 +43,37 @@ class ExportCheckpoint(EarlyCheck):
 
     def check(self, trainer: pl.Trainer) -> None:
         """Refuses what would fail at the end, before the search starts."""
+        directories = self._directories(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(c, CompressionCallback) for c in callbacks[callbacks.index(self) :]):
+        if directories and any(isinstance(c, CompressionCallback) for c in callbacks[callbacks.index(self) :]):
             raise UsageError(
                 "callbacks.ExportCheckpoint stands above a compression callback and would export the model before it. "
                 "Move it below in trainer.callbacks."
             )
         if not trainer.is_global_zero:
             return
-        for directory in filter(None, (self.output_dir, self.compressed_dir)):
+        for directory in directories:
             files.check_output_directory(directory, may_overwrite(trainer))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Exports the model between compression and LoRA."""
-        pruning = getattr(trainer, "pruning", False)
-        if stage == "fit" or pruning:
-            self.check(trainer)
-        if stage == "fit" and self.compressed_dir is not None:
-            self._export(trainer, pl_module, self.compressed_dir, recovered=False)
-        elif pruning:
+        self.check(trainer)
+        if getattr(trainer, "pruning", False):
             self._export(trainer, pl_module, self.output_dir, recovered=False)
+        elif stage == "fit" and self.compressed_dir is not None:
+            self._export(trainer, pl_module, self.compressed_dir, recovered=False)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Exports the trained model."""
         self._export(trainer, pl_module, self.output_dir, recovered=True)
+
+    def _directories(self, trainer: pl.Trainer) -> list[str]:
+        """What this run writes; nothing in validate, test and predict."""
+        if getattr(trainer, "pruning", False):
+            return [self.output_dir]
+        if trainer.state.fn != TrainerFn.FITTING:
+            return []
+        return [self.output_dir, *filter(None, [self.compressed_dir])]
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, directory: str, recovered: bool) -> None:
         assert isinstance(pl_module, CausalLM)

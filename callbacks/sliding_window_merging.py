@@ -1,5 +1,6 @@
 """Sliding-Window Merging (arXiv 2502.19159)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -115,29 +116,46 @@ def search_windows(
 def search_threshold(
     score: Score, num_layers: int, wanted: int, skip_last: int = 1
 ) -> tuple[Search, float, list[tuple[float, Search]]]:
-    """Finds a threshold at which exactly ``wanted`` layers are removed, by bisection over the similarities seen.
+    """Finds a threshold at which exactly ``wanted`` layers are removed, if there is one.
 
-    A search goes the same way for every threshold in ``[lower, upper)``, so each one rules out a whole interval and the
-    bisection ends after finitely many. Where it closes in on a step of the staircase that jumps over ``wanted``, the
-    search on the step's far side is taken and its last window cut to fit: the layers that joined it last go back.
+    A search goes the same way for every threshold in its ``[lower, upper)``, so one run settles a whole interval. The
+    number removed falls with the threshold, but not strictly so: bisection finds the step that crosses ``wanted``, and
+    if that step jumps over it, all other intervals are tried, from the step outward. Only if none is exact, the search
+    at the greatest threshold that removes more is taken, to be ended by :func:`cut_windows`.
 
     Returns:
-        The search, its threshold, and all searches in order. If no threshold was exact, the search is the one at the
-        greatest threshold found to remove more, ended where it did; :func:`cut_windows` makes it fit.
+        The search, its threshold, and all searches in order. If no threshold is exact, the ``removed`` of the search
+        is greater than ``wanted``.
     """
-    low, high = -2.0, 1.0  # below -1 every window is accepted, so the side that removes more is always met
     runs: list[tuple[float, Search]] = []
+
+    def run(threshold: float) -> Search:
+        for _, known in runs:
+            if known.lower <= threshold < known.upper:
+                return known
+        runs.append((threshold, search_windows(score, num_layers, threshold, skip_last, wanted)))
+        return runs[-1][1]
+
+    low, high = -2.0, 1.0  # below -1 every window is accepted, so the side that removes more is always met
     while low < high:
         threshold = (low + high) / 2
-        search = search_windows(score, num_layers, threshold, skip_last, wanted)
-        runs.append((threshold, search))
+        search = run(threshold)
         if search.stopped is None:
             return search, threshold, runs
         if search.stopped == "above":
             low = search.upper
         else:
             high = search.lower
-    threshold, search = max((run for run in runs if run[1].stopped == "above"), key=lambda run: run[0])
+    down, up = math.nextafter(low, -2.0), high
+    while down >= -1 or up < 1:
+        for threshold in (up, down):
+            if -1 <= threshold < 1:
+                search = run(threshold)
+                if search.stopped is None:
+                    return search, threshold, runs
+                up = search.upper if threshold == up else up
+                down = math.nextafter(search.lower, -2.0) if threshold == down else down
+    threshold, search = max((tried for tried in runs if tried[1].stopped == "above"), key=lambda tried: tried[0])
     return search, threshold, runs
 
 
@@ -171,8 +189,8 @@ class SlidingWindowMerging(CompressionCallback):
 
     Args:
         threshold: A window grows while the cosine of the flattened final hidden states is greater; in (-1, 1].
-        remove_layers: Remove exactly so many layers, by the threshold that does. Where no threshold is found that gives
-            exactly so many, the last window is cut to fit and the plan says so.
+        remove_layers: Remove exactly so many layers, by the threshold that does. Where no threshold gives exactly so
+            many, the last window is cut to fit and the plan says so (``outcome.cut_to_fit``).
         ratio: Remove this share of all parameters, to the nearest whole layer; in (0, 1).
         consolidation: How a window becomes one layer. ``keep_top``: the projections of its top layer, which is what the
             authors' program computes.

@@ -1,14 +1,18 @@
-"""What the user sees in the terminal while something takes longer than two seconds."""
+"""What the user sees in the terminal."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+LOAD_EXAMPLE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{path}")
+tokenizer = AutoTokenizer.from_pretrained("{path}")"""
+"""What to say of an exported checkpoint."""
 
 
 @contextlib.contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
-    """Shows a progress bar on the first rank.
+    """Shows a progress bar on the first rank while something takes longer than two seconds.
 
     Args:
         description: What is being done.
@@ -17,6 +21,7 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[s
     Yields:
         A function to call after each step, with a short text about it.
     """
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (

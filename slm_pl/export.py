@@ -6,15 +6,11 @@ from typing import TYPE_CHECKING
 
 from slm_pl import files
 from slm_pl.compression.plan import MergeLayers, Plan, Step, count_parameters, load_plans, save_plans
+from slm_pl.console import LOAD_EXAMPLE
 from slm_pl.loading import load_model, load_tokenizer, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-LOAD_EXAMPLE = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{path}")
-tokenizer = AutoTokenizer.from_pretrained("{path}")"""
 
 
 def save_compressed(

@@ -79,14 +79,18 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
+        if overwrite and path.exists():
             # A directory cannot be replaced in one step: the old one steps aside first.
-            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            aside = temporary.with_name(f"{temporary.name}.old")
             os.replace(path, aside)
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except BaseException:
+                os.replace(aside, path)
+                raise
             shutil.rmtree(aside)
         else:
-            os.replace(temporary, path)
+            os.replace(temporary, path)  # fails if another process has filled the directory in the meantime
     except OSError as error:
         raise UsageError(_unwritable(path, error)) from error
     finally:

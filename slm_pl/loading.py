@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -65,7 +65,7 @@ def resolve(pretrained: str, revision: str | None = None, trust_remote_code: boo
             raise UsageError(
                 f"{location} holds no config.json, so it is no Hugging Face checkpoint. The model is {KINDS}."
             )
-    elif location.startswith((".", "/", "~")) or location.count("/") > 1:
+    elif location.startswith((".", "/", "~")) or location.endswith("/") or location.count("/") > 1:
         raise UsageError(f"There is no directory {location}. The model is {KINDS}.")
     return Source(pretrained, location, revision, trust_remote_code)
 
@@ -74,21 +74,24 @@ def load_model(source: Source, dtype: DType = "auto", attn_implementation: str |
     """Loads a causal language model on the CPU, in eval mode.
 
     Raises:
-        UsageError: If there is no such model, it cannot be reached, or it needs code of its own that was not trusted.
+        UsageError: If there is no such model, it cannot be reached, it lacks weights, or it needs code of its own that
+            was not trusted.
     """
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             source.location,
             revision=source.revision,
             dtype=dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:  # a broken file ends in any of them: SafetensorError, KeyError, struct.error, …
         raise _unreadable(source, "model", error) from error
+    model = _complete(loaded, source.pretrained)
     model.config._name_or_path = source.pretrained
     return model
 
@@ -105,15 +108,32 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:
         raise _unreadable(source, "tokenizer", error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def _complete(loaded: object, name: str) -> "PreTrainedModel":
+    """Takes the model from what ``from_pretrained(output_loading_info=True)`` returns, if the file had all its weights.
+
+    Transformers only warns of those that are missing, and draws them at random.
+    """
+    model, report = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
+    if missing := report["missing_keys"]:
+        raise UsageError(
+            f"{name} lacks {len(missing)} of the weights that its config asks for, such as {min(missing)}. "
+            "Get the whole checkpoint."
+        )
+    return model
+
+
 def _unreadable(source: Source, what: str, error: Exception) -> UsageError:
-    reason = str(error).strip().split("\n")[0]
+    first, _, rest = str(error).strip().partition("\n")
+    reason = f"{type(error).__name__}: {first.strip()}"
+    if reason.endswith(":"):
+        reason += f" {rest.strip().partition(chr(10))[0]}"
     if "trust_remote_code" in str(error) and not source.trust_remote_code:
         return UsageError(
             f"{source.pretrained} brings Python code of its own, which is not run by default. Read that code; if you "
@@ -162,10 +182,13 @@ def _convert_gguf(path: Path) -> Path:
     rank_zero_info(f"Converting {path.name} to a checkpoint, once (kept in {target})")
     folder, name = str(path.parent), path.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except Exception as error:
         raise UsageError(f"{path} cannot be read as a GGUF model: {error}. The model is {KINDS}.") from error
+    model = _complete(loaded, str(path))
     # The weights are plain float32 now; these two would make save_pretrained refuse them as quantised.
     del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -101,6 +101,7 @@ class CausalLM(pl.LightningModule):
         self.predictions: list[dict[str, str]] = []
         self.model: PreTrainedModel | PeftModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._merged = False
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -174,6 +175,7 @@ class CausalLM(pl.LightningModule):
         """Adds the adapters to the weights and removes them; returns the plain Hugging Face model."""
         if self.adapted:
             self.model = cast("PeftModel", self.model).merge_and_unload()
+            self._merged = True
         return self.load_model()
 
     def forward(self, **inputs: Tensor) -> Tensor:
@@ -208,6 +210,10 @@ class CausalLM(pl.LightningModule):
         self.predictions.append({**batch, "completion": str(completion)})
         return self.predictions[-1]
 
+    def on_predict_start(self) -> None:
+        """Forgets the completions of an earlier run."""
+        self.predictions = []
+
     def on_predict_end(self) -> None:
         """Writes ``predictions.json``."""
         if self.trainer.is_global_zero and self.predictions:
@@ -225,10 +231,37 @@ class CausalLM(pl.LightningModule):
         scheduler = get_linear_schedule_with_warmup(optimizer, min(self.warmup_steps, steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, dict[str, Tensor]]) -> None:
-        """Keeps the trainable weights; the frozen base is read again from ``pretrained``."""
-        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the trainable weights and the plans; the frozen base is read again from ``pretrained``."""
+        trainable = self._trainable_shapes()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        checkpoint["plans"] = [plan.to_json() for plan in self.plans]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that belongs to another model; loading, which is not strict, would pass over it.
+
+        Raises:
+            UsageError: If other plans were applied, or other weights were trained.
+        """
+        if checkpoint.get("plans") != [plan.to_json() for plan in self.plans]:
+            raise UsageError(
+                "The checkpoint was trained on a model that another plan had compressed. Resume with the compression "
+                "callbacks and the plan.json (plan_path) of the run that wrote it, or start anew without --ckpt_path."
+            )
+        if self._merged:
+            raise UsageError(
+                "The adapters were merged into the weights, so a checkpoint of adapters cannot be loaded any more. "
+                "Load it into a new CausalLM."
+            )
+        weights = checkpoint.get("state_dict")  # DeepSpeed keeps them in files of its own
+        if weights is not None and {name: value.shape for name, value in weights.items()} != self._trainable_shapes():
+            raise UsageError(
+                f"The checkpoint holds other weights than this run trains ({len(weights)} tensors). Give the "
+                "--model.lora of the run that wrote it, and in Python use slm_pl.trainer.Trainer."
+            )
+
+    def _trainable_shapes(self) -> dict[str, torch.Size]:
+        return {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
 
     def on_test_start(self) -> None:
         """Opens the record that the hooks fill. What is measured is what would be exported: adapters are merged."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from slm_pl.comparison import Cell, Comparison, Quantity, Row, line_up
-from slm_pl.export import LOAD_EXAMPLE
+from slm_pl.console import LOAD_EXAMPLE
 from slm_pl.files import write_bytes, write_text
 from slm_pl.results import SCHEMA_VERSION, Results
 

@@ -4,9 +4,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub, which reads it once; children inherit it
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.pico import pico_model
 from tests.helpers.tokenizer import pico_tokenizer
@@ -17,6 +19,15 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reaches the Hub, also where huggingface_hub was imported before this file."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Pico models are too small for two threads, which wait for each other where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

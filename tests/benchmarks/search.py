@@ -15,13 +15,14 @@ How the figures come about:
 
 * *One layer forward* is the median over the layers that the tries run, in the tries' order (so caches are as warm as in
   the search), on one sample, measured just before and just after the search; the mean of both medians counts.
-* *Peak memory* is measured in a process of its own, after a whole search as warm-up (kernels and thread pools allocate
-  once), garbage collection and ``malloc_trim``: the kernel's high-water mark of the resident set (``VmHWM``, reset
-  through ``/proc/self/clear_refs``; nothing is sampled, so no peak is missed) minus the resident set just before.
-  Beside it stand the bytes of all live tensor storages during the warm-up, seen by a ``TorchDispatchMode``: exact, and
-  blind to what kernels allocate inside. The larger of the two counts. Without ``/proc`` there is only the second.
+* *Peak memory* is measured in a process of its own, after a whole search as warm-up (weights are mapped from their file
+  and become resident when first used; kernels and thread pools allocate once), garbage collection and ``malloc_trim``:
+  the kernel's high-water mark of the resident set (``VmHWM``, reset through ``/proc/self/clear_refs``; nothing is
+  sampled, so no peak is missed) minus the resident set just before. Beside it stand the bytes of all live tensor
+  storages during the warm-up, seen by a ``TorchDispatchMode``: exact, and blind to what kernels allocate inside. The
+  larger of the two counts. Without ``/proc`` there is only the second.
 * *Other load* is the share of the machine's CPU time that neither this process used nor was idle. With more than a few
-  percent of it, wall times say little: run again.
+  percent of it, wall times say little (threads that wait for each other lose far more than that share): run again.
 """
 
 import argparse
@@ -68,6 +69,7 @@ MOST_CAPTURES = 1.5
 SIMILARITY_TOLERANCE = 1e-4
 PASSES = 3  # over all tries, to time one layer forward
 MB = 1e6
+QUIET = 0.05  # with more other load than this, the user is told to run again
 
 console = Console(highlight=False)
 
@@ -566,17 +568,21 @@ def run(settings: Settings, repeats: int, noop_tries: bool) -> tuple[list[Check]
     loads = ", ".join(percent(watch.other_load) for watch in searches)
     alone = [f"{before * 1e3:.2f} / {after * 1e3:.2f} ms" for before, after in layer_seconds]
     table.add_row("seconds", f"{seconds:.1f}", f"{baseline.seconds:.1f}")
-    table.add_row("other load on the machine meanwhile", loads, percent(baseline.other_load))
+    table.add_row("other load meanwhile", loads, percent(baseline.other_load))
     table.add_row("tries", str(len(plan.trace)), str(len(tries)))
     table.add_row("layer forwards per sample", f"{forwards:g}", f"{len(layers) + sum(t.layers for t in tries)} + heads")
-    table.add_row("one layer forward, before / after", ", ".join(alone), "")
+    table.add_row("one layer, before / after", ", ".join(alone), "")
     table.add_row("windows", " ".join(f"{low}-{high}" for low, high in windows_of(plan)), "")
     resident = "unknown" if memory.resident is None else f"{memory.resident / MB:.1f} MB"
-    table.add_row("memory above the weights, resident set", resident, "")
-    table.add_row("memory above the weights, tensors", f"{memory.tensors / MB:.1f} MB", "")
+    table.add_row("peak memory, resident", resident, "")
+    table.add_row("peak memory, tensors", f"{memory.tensors / MB:.1f} MB", "")
     table.add_row("captured hidden states", f"{captured / MB:.1f} MB", "")
     table.add_row("one layer", f"{one_layer / MB:.1f} MB", "")
     console.print(table)
+    if max(watch.other_load or 0.0 for watch in (*searches, baseline)) > QUIET:
+        console.print(
+            "[yellow]Other programs kept the machine busy: the wall times are not to be trusted, run again.[/]"
+        )
     return checks, figures
 
 
@@ -612,7 +618,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = environment()
     console.print(
         f"torch {about['torch']}, transformers {about['transformers']}, Python {about['python']}, "
-        f"{about['threads']} threads on {about['cpus']} x {about['cpu']}, float32"
+        f"{about['threads']} threads on {about['cpus']} x {about['cpu']}, float32",
+        soft_wrap=True,
     )
     try:
         settings = Settings(options.calibration, options.threshold, options.other_parameters)
@@ -622,10 +629,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for check in checks:
         verdict = "[green]PASS[/]" if check.passed else "[red]FAIL[/]"
-        console.print(f"{verdict} {check.name}: {check.value} (limit: {check.limit})")
+        console.print(f"{verdict} {check.name}: {check.value} (limit: {check.limit})", soft_wrap=True)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        console.print(f"All figures: {options.json}", markup=False)
+        console.print(f"All figures: {options.json}", markup=False, soft_wrap=True)
     return 0 if all(check.passed for check in checks) else 1
 
 

@@ -91,3 +91,30 @@ def make_module(pretrained: Path | str, **options: object) -> CausalLM:
 def logits_of(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
     """Logits of a causal language model in eval mode."""
     return model.eval()(input_ids=ids).logits
+
+
+def without(directory: Path, *gone: int) -> "PreTrainedModel":
+    """The model of a directory with these layers left out, made without this project's surgery."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(model.model.layers) if i not in gone)
+    model.config.num_hidden_layers = len(model.model.layers)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    return model
+
+
+@torch.no_grad()
+def add_adapters(model: torch.nn.Module, weights: dict[str, torch.Tensor], scale: float) -> torch.nn.Module:
+    """Adds scale · B A to every weight that has adapters among ``weights``, in place."""
+    found = 0
+    for name, a in weights.items():
+        if "lora_A" in name:
+            target = name.removeprefix("model.base_model.model.").partition(".lora_A")[0]
+            b = weights[name.replace("lora_A", "lora_B")]
+            assert b.abs().max() > 0, "an untrained adapter shows nothing"
+            model.get_submodule(target).weight += scale * (b @ a)
+            found += 1
+    assert found
+    return model

@@ -20,6 +20,14 @@ def content(directory: Path) -> dict[str, str]:
     return {str(p.relative_to(directory)): p.read_text() for p in directory.rglob("*") if p.is_file()}
 
 
+def fill(target: Path, name: str, text: str, error: BaseException | None = None, overwrite: bool = False) -> None:
+    """Makes a directory with one file in it, or fails after writing the file."""
+    with files.new_directory(target, overwrite) as directory:
+        (directory / name).write_text(text)
+        if error is not None:
+            raise error
+
+
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
@@ -96,15 +104,14 @@ def test_new_directory_appears_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), UsageError("no")])
 def test_error_inside_leaves_nothing(tmp_path, error):
-    with pytest.raises(type(error)), files.new_directory(tmp_path / "new") as directory:
-        (directory / "half").write_text("x")
-        raise error
+    with pytest.raises(type(error)):
+        fill(tmp_path / "new", "half", "x", error)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_error_inside_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match="No space left"), files.new_directory(tmp_path / "new"):
-        raise OSError(28, "No space left on device")
+    with pytest.raises(UsageError, match="No space left"):
+        fill(tmp_path / "new", "half", "x", OSError(28, "No space left on device"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,9 +119,8 @@ def test_overwrite_replaces_the_whole_directory_and_an_error_keeps_the_old(tmp_p
     old = tmp_path / "export"
     (old / "sub").mkdir(parents=True)
     (old / "sub" / "stale").write_text("old")
-    with pytest.raises(RuntimeError), files.new_directory(old, overwrite=True) as directory:
-        (directory / "half").write_text("x")
-        raise RuntimeError("boom")
+    with pytest.raises(RuntimeError, match="boom"):
+        fill(old, "half", "x", RuntimeError("boom"), overwrite=True)
     assert content(tmp_path) == {"export/sub/stale": "old"}
     with files.new_directory(old, overwrite=True) as directory:
         (directory / "fresh").write_text("new")
@@ -138,8 +144,8 @@ def test_failing_swap_puts_the_old_directory_back(tmp_path, monkeypatch, failing
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace_once_less)
-        with pytest.raises(UsageError, match="Input/output error"), files.new_directory(old, overwrite=True) as new:
-            (new / "a").write_text("new")
+        with pytest.raises(UsageError, match="Input/output error"):
+            fill(old, "a", "new", overwrite=True)
     assert content(tmp_path) == {"export/a": "old"}
     assert os.listdir(tmp_path) == ["export"]
 
@@ -159,3 +165,16 @@ def test_what_is_there_is_refused_without_overwrite(tmp_path):
         (directory / "b").write_text("new")
     files.check_output_directory(full, overwrite=True)
     assert content(tmp_path) == {"full/a": "old", "file": "x", "empty/b": "new"}
+
+
+def test_what_appears_meanwhile_is_not_replaced_unasked(tmp_path):
+    target = tmp_path / "export"
+
+    def race() -> None:
+        with files.new_directory(target) as directory:
+            (directory / "a").write_text("mine")
+            fill(target, "a", "of another process")
+
+    with pytest.raises(UsageError, match="Directory not empty"):
+        race()
+    assert content(tmp_path) == {"export/a": "of another process"}

@@ -336,8 +336,8 @@ def test_the_last_export_and_how_to_load_it(tmp_path, capsys):
     assert comparison.export == export
     assert capsys.readouterr().out.endswith(
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({export!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({export!r})\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{export}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{export}")\n'
     )
 
 

@@ -1,0 +1,123 @@
+import os
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from callbacks import ExportCheckpoint
+from slm_pl.compression.plan import Plan
+from slm_pl.errors import UsageError
+from slm_pl.export import load_compressed
+from tests.helpers.run import Drop, Snapshot, add_adapters, alpaca_data, logits_of, make_module, make_trainer, without
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_fit_writes_the_compressed_and_the_recovered_model(pico_dir, tmp_path, lora):
+    seen = Snapshot()
+    export = ExportCheckpoint(str(tmp_path / "recovered"), compressed_dir=str(tmp_path / "pruned"))
+    module = make_module(pico_dir, **({} if lora else {"lora": None}))
+    make_trainer(tmp_path / "run", Drop([1, 4]), export, seen).fit(module, alpaca_data(tmp_path))
+
+    expected = without(pico_dir, 1, 4)
+    pruned, _, plans = load_compressed(tmp_path / "pruned")
+    assert torch.equal(logits_of(pruned), logits_of(expected))
+    assert plans == [Plan.load(tmp_path / "run" / "plan.json")]
+
+    if lora:
+        add_adapters(expected, seen.after, scale=8 / 2)
+    else:
+        expected.load_state_dict({name.removeprefix("model."): value for name, value in seen.after.items()})
+    recovered, tokenizer, plans = load_compressed(tmp_path / "recovered")
+    torch.testing.assert_close(logits_of(recovered), logits_of(expected), rtol=0, atol=1e-5)
+    assert (logits_of(recovered) - logits_of(pruned)).abs().max() > 1e-3  # training changed something
+    assert plans == [Plan.load(tmp_path / "run" / "plan.json")]
+    assert recovered.config.num_hidden_layers == 4
+    assert not any("lora" in name for name, _ in recovered.named_parameters())
+    assert tokenizer.eos_token_id == 1
+    assert "Not trained" in (tmp_path / "pruned" / "README.md").read_text()
+    assert "Recovered by training" in (tmp_path / "recovered" / "README.md").read_text()
+
+
+def test_prune_exports_without_training(pico_dir, tmp_path):
+    (tmp_path / "pruned").mkdir()
+    (tmp_path / "pruned" / "mine").write_text("not written in prune, so it is nobody's business")
+    export = ExportCheckpoint(str(tmp_path / "export"), compressed_dir=str(tmp_path / "pruned"))
+    make_trainer(tmp_path / "run", Drop([0]), export).prune(make_module(pico_dir), alpaca_data(tmp_path))
+    assert torch.equal(logits_of(load_compressed(tmp_path / "export")[0]), logits_of(without(pico_dir, 0)))
+    assert "Not trained" in (tmp_path / "export" / "README.md").read_text()
+    assert os.listdir(tmp_path / "pruned") == ["mine"]
+
+
+@pytest.mark.parametrize("stage", ["fit", "prune"])
+def test_export_above_compression_is_refused(stage, pico_dir, tmp_path):
+    method = Drop([0])
+    trainer = make_trainer(tmp_path / "run", ExportCheckpoint(str(tmp_path / "export")), method)
+    with pytest.raises(UsageError, match="stands above a compression callback.*Move it below in trainer.callbacks"):
+        getattr(trainer, stage)(make_module(pico_dir), datamodule=alpaca_data(tmp_path))
+    assert method.searches == 0
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize(("stage", "which"), [("fit", "export"), ("fit", "pruned"), ("prune", "export")])
+def test_directory_that_is_not_empty(stage, which, pico_dir, tmp_path):
+    (tmp_path / which).mkdir()
+    (tmp_path / which / "stale").write_text("old")
+
+    def start(method: Drop, overwrite: bool) -> None:
+        export = ExportCheckpoint(str(tmp_path / "export"), compressed_dir=str(tmp_path / "pruned"))
+        trainer = make_trainer(tmp_path / "run", method, export, overwrite=overwrite)
+        getattr(trainer, stage)(make_module(pico_dir), datamodule=alpaca_data(tmp_path))
+
+    method = Drop([0])
+    with pytest.raises(UsageError, match=f"{tmp_path / which} exists and is not empty.*--overwrite"):
+        start(method, overwrite=False)
+    assert method.searches == 0  # before the search
+    assert os.listdir(tmp_path / which) == ["stale"]
+    assert not (tmp_path / "run" / "plan.json").exists()
+    start(method, overwrite=True)
+    assert method.searches == 1
+    assert not (tmp_path / which / "stale").exists()
+    assert load_compressed(tmp_path / which)[0].config.num_hidden_layers == 5
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_other_stages_neither_export_nor_mind_what_is_there(stage, pico_dir, tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "mine").write_text("old")
+    export = ExportCheckpoint(str(tmp_path / "export"), compressed_dir=str(tmp_path / "pruned"))
+    module = make_module(pico_dir, max_new_tokens=1)
+    trainer = make_trainer(tmp_path / "run", Drop([0]), export)
+    options = {} if stage == "predict" else {"verbose": False}
+    getattr(trainer, stage)(module, datamodule=alpaca_data(tmp_path), **options)
+    assert os.listdir(tmp_path / "export") == ["mine"]
+    assert not (tmp_path / "pruned").exists()
+    assert module.load_model().config.num_hidden_layers == 5
+
+
+def test_fit_then_test_in_one_program_measures_the_recovered_model(pico_dir, tmp_path):
+    module = make_module(pico_dir)
+    trainer = make_trainer(tmp_path / "run", Drop([0]), ExportCheckpoint(str(tmp_path / "export")))
+    trainer.fit(module, alpaca_data(tmp_path))
+    trainer.test(module, alpaca_data(tmp_path), verbose=False)
+    assert torch.equal(logits_of(module.measured()[0]), logits_of(load_compressed(tmp_path / "export")[0]))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_training_that_breaks_off_exports_nothing(pico_dir, tmp_path, error):
+    class Break(pl.Callback):
+        def on_train_batch_end(self, *arguments):
+            raise error
+
+    trainer = make_trainer(tmp_path / "run", Drop([0]), ExportCheckpoint(str(tmp_path / "export")), Break())
+    with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
+        trainer.fit(make_module(pico_dir), alpaca_data(tmp_path))
+    assert not (tmp_path / "export").exists()
+    assert not list(tmp_path.glob(".export*"))
+
+
+def test_both_directories_must_differ(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="output_dir and compressed_dir are both a/b"):
+        ExportCheckpoint("a/b", compressed_dir=str(tmp_path / "a" / "b"))

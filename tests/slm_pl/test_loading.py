@@ -1,0 +1,309 @@
+import json
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slm_pl import loading
+from slm_pl.errors import UsageError
+from tests.helpers.pico import pico_model
+from tests.helpers.run import IDS, logits_of
+from tests.helpers.tokenizer import pico_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def copy(pico_dir, tmp_path):
+    """A checkpoint that a test may damage."""
+    return Path(shutil.copytree(pico_dir, tmp_path / "copy"))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLM_PL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def change_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_directory(pico_dir):
+    source = loading.resolve(str(pico_dir), revision="abc")
+    assert source == loading.Source(str(pico_dir), str(pico_dir), "abc", trust_remote_code=False)
+    assert source.directory == pico_dir
+    model = loading.load_model(source, "bfloat16", "eager")
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+    assert model.config._name_or_path == str(pico_dir)
+    assert torch.equal(logits_of(loading.load_model(source)), logits_of(pico_model()))
+
+
+@pytest.mark.parametrize("missing", ["./none", "/none/at/all", "~/none", "a/b/c", "none/"])
+def test_missing_directory(missing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"There is no directory {missing}. The model is a Hub id .*package:NAME"):
+        loading.resolve(missing)
+
+
+def test_directory_that_is_no_checkpoint(tmp_path):
+    (tmp_path / "file.txt").write_text("x")
+    for path in (tmp_path, tmp_path / "file.txt"):
+        with pytest.raises(UsageError, match=f"{path} holds no config.json, so it is no Hugging Face checkpoint"):
+            loading.resolve(str(path))
+
+
+@pytest.mark.parametrize("hub_id", ["some-org/no-such-model", "no-such-model", "not a name"])
+def test_hub_id_is_not_looked_at_before_loading_and_failure_is_one_message(hub_id, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = loading.resolve(hub_id, revision="v1")
+    assert source == loading.Source(hub_id, hub_id, "v1")
+    assert source.directory is None
+    for what, load in (("model", loading.load_model), ("tokenizer", loading.load_tokenizer)):
+        message = rf"The {what} '{hub_id}' could not be fetched from the Hub: .*the revision \(v1\) and the network"
+        with pytest.raises(UsageError, match=message) as caught:
+            load(source)
+        assert "\n" not in str(caught.value)
+
+
+def test_package_file(tmp_path, monkeypatch, cache):
+    package = tmp_path / "pico_weights"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('a package is located, never imported')")
+    (package / "a.gguf").write_text("x")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        UsageError, match=r"package 'pico_weights' has no file 'b.gguf'; its .gguf files are \['a.gguf'\]"
+    ):
+        loading.resolve("package:pico_weights/b.gguf")
+    with pytest.raises(UsageError, match="package 'pico_weights' has no file ''"):
+        loading.resolve("package:pico_weights")
+    with pytest.raises(UsageError, match=f"{package / 'a.gguf'} cannot be read as a GGUF model"):
+        loading.resolve("package:pico_weights/a.gguf")
+    assert "pico_weights" not in sys.modules
+
+
+@pytest.mark.parametrize("package", ["not_installed_here", "not-a-name", ""])
+def test_package_that_is_not_installed(package):
+    with pytest.raises(UsageError, match=f"Python package '{package}', which is not installed here. Install it"):
+        loading.resolve(f"package:{package}/a.gguf")
+
+
+def test_code_of_a_checkpoint_is_refused_with_the_flag_named(copy, tmp_path):
+    ran = tmp_path / "ran"
+    (copy / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    change_config(
+        copy, model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    )
+    with pytest.raises(UsageError, match="Python code of its own.*--model.trust_remote_code true"):
+        loading.load_model(loading.resolve(str(copy)))
+    assert not ran.exists()
+
+
+def test_pickled_weights_are_refused(copy, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    (copy / WEIGHTS).unlink()
+    torch.save({"trap": Trap()}, copy / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=f"The model in {copy} cannot be loaded: .*no file named model.safetensors"):
+        loading.load_model(loading.resolve(str(copy)))
+    assert not (tmp_path / "ran").exists()
+    torch.save(pico_model().state_dict(), copy / "pytorch_model.bin")  # a harmless one, too
+    with pytest.raises(UsageError, match="no file named model.safetensors"):
+        loading.load_model(loading.resolve(str(copy)))
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
+def test_unreadable_weights(copy, damage):
+    whole = (copy / WEIGHTS).read_bytes()
+    (copy / WEIGHTS).write_bytes({"cut": whole[: len(whole) // 2], "garbage": b"xx" * 99, "empty": b""}[damage])
+    with pytest.raises(UsageError, match=f"The model in {copy} cannot be loaded: SafetensorError: "):
+        loading.load_model(loading.resolve(str(copy)))
+
+
+def test_missing_weights_are_not_drawn_at_random(copy):
+    tensors = load_file(copy / WEIGHTS)
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, copy / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="lacks 1 of the weights .*such as model.layers.2.mlp.up_proj.weight"):
+        loading.load_model(loading.resolve(str(copy)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "zork"}, "model type `zork`"),
+        ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+        ({"hidden_size": 64}, "RuntimeError"),
+        ({"hidden_size": "x"}, "expected int, got str"),
+    ],
+)
+def test_config_that_does_not_fit(copy, changes, reason):
+    change_config(copy, **changes)
+    with pytest.raises(UsageError, match=f"The model in {copy} cannot be loaded: .*{reason}"):
+        loading.load_model(loading.resolve(str(copy)))
+
+
+@pytest.mark.parametrize("text", [None, "{ x", "{}"])
+def test_unreadable_tokenizer(copy, text):
+    (copy / "tokenizer.json").unlink()
+    if text is not None:
+        (copy / "tokenizer.json").write_text(text)
+    with pytest.raises(UsageError, match=f"The tokenizer in {copy} cannot be loaded: "):
+        loading.load_tokenizer(loading.resolve(str(copy)))
+
+
+def test_padding_falls_back_to_end_of_sequence(pico_dir, tmp_path):
+    kept = loading.load_tokenizer(loading.resolve(str(pico_dir)))
+    assert (kept.pad_token, kept.eos_token) == ("<pad>", "</s>")
+    tokenizer = pico_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((pico_dir / "config.json").read_text())
+    loaded = loading.load_tokenizer(loading.resolve(str(tmp_path)))
+    assert loaded.pad_token == "</s>"
+    assert loaded.pad_token_id == loaded.eos_token_id == 1
+
+
+def test_cache_directory(monkeypatch, tmp_path):
+    monkeypatch.delenv("SLM_PL_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert loading.cache_directory() == tmp_path / ".cache" / "slm_pl"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert loading.cache_directory() == Path("/x/slm_pl")
+    monkeypatch.setenv("SLM_PL_CACHE", "/own")
+    assert loading.cache_directory() == Path("/own")
+
+
+def write_gguf(path: Path, model: torch.nn.Module, leave_out: str = "") -> None:
+    """Writes a pico Llama and the pico tokenizer as llama.cpp's converter does: q and k rows are permuted."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("Pico")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    backend = json.loads(pico_tokenizer().backend_tokenizer.to_str())
+    tokens = {index: token for token, index in backend["model"]["vocab"].items()}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([tokens[index] for index in range(len(tokens))])
+    writer.add_token_types([3 if index < 3 else 1 for index in range(len(tokens))])  # 3: control, 1: normal
+    writer.add_token_merges([" ".join(pair) for pair in backend["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(2)
+
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    tensors = {"token_embd.weight": model.model.embed_tokens.weight, "output_norm.weight": model.model.norm.weight}
+    tensors["output.weight"] = model.lm_head.weight
+    for index, layer in enumerate(model.model.layers):
+        for ours, theirs in names.items():
+            weight = layer.get_submodule(ours).weight
+            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(theirs)
+            if heads:
+                weight = weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+            tensors[f"blk.{index}.{theirs}.weight"] = weight
+    for name, weight in tensors.items():
+        if name != leave_out:
+            writer.add_tensor(name, np.ascontiguousarray(weight.detach().numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_is_converted_once_to_an_ordinary_checkpoint(tmp_path, cache, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    model = pico_model(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    path = tmp_path / "Pico.F32.gguf"
+    write_gguf(path, model)
+    source = loading.resolve(str(path))
+    assert source.pretrained == str(path)
+    assert source.directory is not None
+    assert source.directory.parent == cache / "gguf"
+    assert source.directory.name.startswith("Pico.F32-")
+    torch.testing.assert_close(logits_of(loading.load_model(source)), logits_of(model), rtol=0, atol=1e-5)
+    text = "Describe the décoder layer,\n\tand its neighbour."
+    tokenizer = loading.load_tokenizer(source)
+    assert tokenizer(text)["input_ids"] == pico_tokenizer()(text)["input_ids"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
+    assert IDS.max() < len(tokenizer)
+    assert {p.suffix for p in source.directory.iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+    def forbidden(*arguments, **options):
+        pytest.fail("converted again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", forbidden)
+        shutil.move(path, tmp_path / "elsewhere.gguf")
+        with pytest.raises(UsageError, match="There is no file .*Pico.F32.gguf"):
+            loading.resolve(str(path))
+        shutil.move(tmp_path / "elsewhere.gguf", path)
+        assert loading.resolve(str(path)) == source
+    with path.open("r+b") as file:  # other content under the same name is another model
+        file.seek(-4, 2)
+        file.write(struct.pack("f", 0.5))
+    assert loading.resolve(str(path)).directory != source.directory
+    assert len(list((cache / "gguf").iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"no such magic"])
+def test_unreadable_gguf_leaves_nothing_in_the_cache(tmp_path, cache, content):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=f"{path} cannot be read as a GGUF model"):
+        loading.resolve(str(path))
+    assert not cache.exists()
+
+
+def test_gguf_without_a_tensor_is_refused(tmp_path, cache):
+    path = tmp_path / "a.gguf"
+    write_gguf(path, pico_model(), leave_out="blk.3.ffn_up.weight")
+    with pytest.raises(UsageError, match="lacks 1 of the weights .*such as model.layers.3.mlp.up_proj.weight"):
+        loading.resolve(str(path))
+    assert not cache.exists()
+
+
+def test_interrupted_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
+    from transformers import PreTrainedModel
+
+    def interrupt(self, directory):
+        (Path(directory) / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "a.gguf"
+    write_gguf(path, pico_model())
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            loading.resolve(str(path))
+    assert list((cache / "gguf").iterdir()) == []
+    torch.testing.assert_close(
+        logits_of(loading.load_model(loading.resolve(str(path)))), logits_of(pico_model()), rtol=0, atol=1e-5
+    )

