@@ -2,8 +2,9 @@
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +19,29 @@ from slm_pl.module import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+T = TypeVar("T")
+
+
+def on_first_rank(trainer: pl.Trainer, work: Callable[[], T]) -> T:
+    """Does something with files on the first rank; its result, or its failure, is that of every rank.
+
+    A rank that fails alone would leave the others waiting for it in the next collective.
+
+    Raises:
+        UsageError: On all ranks, if ``work`` raised it on the first.
+    """
+    result, error = None, None
+    if trainer.is_global_zero:
+        try:
+            result = work()
+        except UsageError as failure:
+            error = str(failure)
+    result, error = trainer.strategy.broadcast((result, error))
+    if error is not None:
+        raise UsageError(error)
+    return cast(T, result)
 
 
 class EarlyCheck(pl.Callback, ABC):
@@ -66,7 +90,7 @@ class CompressionCallback(pl.Callback, ABC):
             return  # the same objects run a second stage
         others = [c._applied for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
         carried = [p for p in pl_module.plans if p.method.class_path == self.class_path and p not in others]
-        if carried:
+        if carried and (self.plan_path is None or self._load(trainer, Path(self.plan_path)) in carried):
             wanted = self.arguments()
             if self.plan_path is None and all(plan.method.init_args != wanted for plan in carried):
                 rank_zero_warn(
@@ -83,9 +107,7 @@ class CompressionCallback(pl.Callback, ABC):
         # Refuse a plan that does not fit before it is written as this run's.
         surgery.check(model, plan)
         run_plan = self._run_plan(trainer, pl_module)
-        trainer.strategy.barrier("plan")
-        if trainer.is_global_zero:
-            plan.save(run_plan)
+        on_first_rank(trainer, lambda: plan.save(run_plan))
         before = plan.base
         surgery.apply(model, plan)
         pl_module.plans.append(plan)
@@ -130,14 +152,16 @@ class CompressionCallback(pl.Callback, ABC):
         number = len(pl_module.plans) + 1
         return Path(trainer.default_root_dir) / (PLAN_FILE if number == 1 else f"plan.{number}.json")
 
+    def _load(self, trainer: pl.Trainer, path: Path) -> Plan:
+        return on_first_rank(trainer, lambda: Plan.load(path))
+
     def _find_plan(self, trainer: pl.Trainer, pl_module: CausalLM, model: "PreTrainedModel") -> Plan:
         if self.plan_path is not None:
-            return Plan.load(self.plan_path)
+            return self._load(trainer, Path(self.plan_path))
         run_plan = self._run_plan(trainer, pl_module)
-        if trainer.ckpt_path is not None and run_plan.is_file():
-            plan = Plan.load(run_plan)
+        if trainer.ckpt_path is not None and on_first_rank(trainer, run_plan.is_file):
             rank_zero_info(f"{type(self).__name__}: resuming with the plan in {run_plan}")
-            return plan
+            return self._load(trainer, run_plan)
         datamodule = getattr(trainer, "datamodule", None)
         if not isinstance(datamodule, AlpacaDataModule):
             raise UsageError(

@@ -48,4 +48,3 @@ class Efficiency(pl.Callback):
             repeats=self.repeats,
         )
         results.efficiency.append(figures)
-        results.missing.update(figures.missing)

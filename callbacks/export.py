@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks.base import CompressionCallback, EarlyCheck
+from callbacks.base import CompressionCallback, EarlyCheck, on_first_rank
 from slm_pl import files
 from slm_pl.console import LOAD_EXAMPLE
 from slm_pl.errors import UsageError
@@ -36,8 +38,11 @@ class ExportCheckpoint(EarlyCheck):
     """
 
     def __init__(self, output_dir: str, compressed_dir: str | None = None) -> None:
-        if compressed_dir is not None and Path(compressed_dir).resolve() == Path(output_dir).resolve():
-            raise UsageError(f"output_dir and compressed_dir are both {output_dir}; give two directories.")
+        if compressed_dir is not None and (_holds(output_dir, compressed_dir) or _holds(compressed_dir, output_dir)):
+            raise UsageError(
+                f"output_dir is {output_dir} and compressed_dir is {compressed_dir}; give two "
+                "directories, neither in the other."
+            )
         self.output_dir = output_dir
         self.compressed_dir = compressed_dir
 
@@ -50,10 +55,29 @@ class ExportCheckpoint(EarlyCheck):
                 "callbacks.ExportCheckpoint stands above a compression callback and would export the model before it. "
                 "Move it below in trainer.callbacks."
             )
-        if not trainer.is_global_zero:
-            return
+        if directories and _is_sharded(trainer.strategy):
+            raise UsageError(
+                f"{type(trainer.strategy).__name__} shards the weights, and the export does not gather them yet. "
+                "Use ddp or DeepSpeed stage 1 or 2, or remove callbacks.ExportCheckpoint."
+            )
+        on_first_rank(trainer, lambda: self._check_directories(trainer, directories))
+
+    def _check_directories(self, trainer: pl.Trainer, directories: list[str]) -> None:
+        checkpoints = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
         for directory in directories:
+            for own in map(str, (trainer.default_root_dir, *checkpoints)):
+                if _holds(directory, own):
+                    raise UsageError(
+                        f"The export directory {directory} holds {own}, where this run keeps its own files. Give a "
+                        f"directory of its own, such as {Path(own) / 'export'}."
+                    )
             files.check_output_directory(directory, may_overwrite(trainer))
+            path = Path(directory)
+            if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+                raise UsageError(
+                    f"{directory} is not empty and not an earlier export (it has no config.json), so --overwrite "
+                    "does not replace it. Give another directory, or empty it yourself."
+                )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Exports the model between compression and LoRA."""
@@ -78,9 +102,18 @@ class ExportCheckpoint(EarlyCheck):
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, directory: str, recovered: bool) -> None:
         assert isinstance(pl_module, CausalLM)
         model = pl_module.merge_adapters() if recovered else pl_module.load_model()
-        if trainer.is_global_zero:
-            path = save_compressed(
-                model, pl_module.tokenizer, directory, pl_module.plans, recovered, may_overwrite(trainer)
-            )
-            rank_zero_info(f"Exported to {path}. Load it with:\n{LOAD_EXAMPLE.format(path=path)}")
-        trainer.strategy.barrier("export")
+        tokenizer, plans, overwrite = pl_module.tokenizer, pl_module.plans, may_overwrite(trainer)
+        on_first_rank(trainer, lambda: save_compressed(model, tokenizer, directory, plans, recovered, overwrite))
+        rank_zero_info(f"Exported to {directory}. Load it with:\n{LOAD_EXAMPLE.format(path=directory)}")
+
+
+def _holds(outer: str, inner: str) -> bool:
+    """Whether ``inner`` is ``outer``, or lies in it."""
+    return Path(inner).resolve().is_relative_to(Path(outer).resolve())
+
+
+def _is_sharded(strategy: Strategy) -> bool:
+    """Whether each process holds only a part of every weight during training."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        return strategy.zero_stage_3
+    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)

@@ -33,4 +33,8 @@ class Perplexity(pl.Callback):
         model, results = pl_module.measured()
         for text in self.texts:
             windows = load_evaluation(text, pl_module.tokenizer)
-            results.perplexity.append(perplexity(model, windows, text.source, text.bos, self.batch_size))
+            corpus = "/".join(filter(None, (text.source, text.name)))
+            try:
+                results.perplexity.append(perplexity(model, windows, corpus, text.bos, self.batch_size))
+            except FloatingPointError as error:
+                results.missing[f"perplexity {corpus} @ {text.sequence_length}"] = str(error)

@@ -147,7 +147,7 @@ def search_threshold(
         else:
             high = search.lower
     down, up = math.nextafter(low, -2.0), high
-    while down >= -1 or up < 1:
+    while -1 <= down < 1 or -1 <= up < 1:
         for threshold in (up, down):
             if -1 <= threshold < 1:
                 search = run(threshold)
@@ -215,7 +215,7 @@ class SlidingWindowMerging(CompressionCallback):
         super().__init__(plan_path)
         controls = {"threshold": threshold, "remove_layers": remove_layers, "ratio": ratio}
         given = [f"{name}={value}" for name, value in controls.items() if value is not None]
-        if len(given) != 1 and plan_path is None:
+        if len(given) > 1 or (not given and plan_path is None):
             raise UsageError(
                 f"SlidingWindowMerging got {' and '.join(given) or 'none of threshold, remove_layers and ratio'}; give "
                 "exactly one of threshold, remove_layers, ratio (or plan_path)."
@@ -278,8 +278,9 @@ class SlidingWindowMerging(CompressionCallback):
         outcome: dict[str, JSONValue] = {
             "threshold": threshold,
             "removed_layers": sum(high - low for low, high in windows),
+            "search": next(number for number, (_, run) in enumerate(runs) if run is search),
             "cut_to_fit": windows != search.windows,
-            "layer_forwards": replay.layer_forwards // max(len(replay.captures), 1),
+            "layer_forwards": replay.layer_forwards,
             "searches": [
                 {
                     "threshold": tried,
@@ -292,7 +293,9 @@ class SlidingWindowMerging(CompressionCallback):
             ],
         }
         trace: list[dict[str, JSONValue]] = [
-            {"low": t.low, "high": t.high, "similarity": t.similarity, "accepted": t.accepted} for t in search.tries
+            {"low": t.low, "high": t.high, "similarity": t.similarity, "accepted": t.accepted, "search": number}
+            for number, (_, run) in enumerate(runs)
+            for t in run.tries
         ]
         steps = [MergeLayers(low, high, self.consolidation, self.other_parameters) for low, high in windows]
         return self.make_plan(model, calibration, list(steps), trace, outcome)

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slm_pl.data import AlpacaDataModule
 from slm_pl.errors import UsageError
@@ -58,7 +59,13 @@ class CLI(LightningCLI):
         action.add_subcommand("compare", compare_parser(), help="Put results side by side.")
 
     def before_instantiate_classes(self) -> None:
-        """One saved config for each subcommand of a run directory."""
+        """Checks what would fail late; one saved config for each subcommand of a run directory."""
+        version = self._get(self.config, "config_version")
+        if version != CONFIG_VERSION:
+            raise UsageError(f"config_version is {version}; this slm_pl reads {CONFIG_VERSION}.")
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
+        if checkpoint not in (None, "best", "last", "hpc") and not os.path.exists(checkpoint):
+            raise UsageError(f"There is no checkpoint {checkpoint}. Give a path, `last` or `best`.")
         self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -108,8 +115,8 @@ def check_config_version(args: Sequence[str]) -> None:
             continue
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"The config {path} is no YAML: {error}") from error
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"The config {path} is no YAML that can be read: {error}") from error
         version = content.get("config_version", CONFIG_VERSION) if isinstance(content, dict) else CONFIG_VERSION
         if version != CONFIG_VERSION:
             raise UsageError(
@@ -139,8 +146,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments after the program's name; default: those of the process.
 
     Raises:
-        SystemExit: With status 1 after a :class:`~slm_pl.errors.UsageError`, 2 after an unknown option, 130 after
-            Ctrl-C.
+        SystemExit: With status 1 after a :class:`~slm_pl.errors.UsageError` or an interrupted run, 2 after an unknown
+            option.
     """
     given = list(sys.argv[1:] if args is None else args)
     quieten()
@@ -153,7 +160,7 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             check_config_version(given)
             CLI(None if args is None else given)
-    except (UsageError, FloatingPointError) as error:
+    except (UsageError, FloatingPointError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except ValueError as error:

@@ -176,12 +176,15 @@ def _absent(record: Results, room: str, has_others: bool) -> Cell:
 
 def _perplexity_rows(records: list[Results]) -> list[Row]:
     found = [
-        {(one.corpus, one.sequence_length, one.bos, one.tokens): index for index, one in enumerate(record.perplexity)}
+        {
+            (one.corpus, one.sequence_length, one.bos, one.tokens, one.sha256): index
+            for index, one in enumerate(record.perplexity)
+        }
         for record in records
     ]
     rows = []
     for key in _in_order(key for one in found for key in one):
-        corpus, length, bos, tokens = key
+        corpus, length, bos, tokens, sha256 = key
         cells = []
         for record, places in zip(records, found, strict=True):
             if key not in places:
@@ -191,7 +194,14 @@ def _perplexity_rows(records: list[Results]) -> list[Row]:
             cells.append(_cell(record, f"perplexity[{places[key]}].value", one.value, one.stderr))
         bos_text = "" if bos == "none" else f", BOS {bos}"
         title = f"Perplexity {corpus} @ {length} ({tokens:,} tokens{bos_text})"
-        rows.append(Row(f"perplexity.{corpus}.{length}.{bos}.{tokens}", title, "perplexity", cells))
+        rows.append(
+            Row(
+                f"perplexity.{corpus}.{length}.{bos}.{tokens}" + (f".{str(sha256)[:8]}" if sha256 else ""),
+                title,
+                "perplexity",
+                cells,
+            )
+        )
     return rows
 
 
@@ -296,11 +306,18 @@ def _warnings(labels: list[str], records: list[Results], baseline: bool) -> list
     differing("device name", lambda record: record.environment.device_name, speed)
     differing("threads", lambda record: record.environment.threads, speed)
     differing("dtype", lambda record: record.environment.dtype, "speed, memory and the last digits do not compare")
+    differing(
+        "embedded text",
+        lambda record: (record.environment.embedded_sha256 or "")[:8] or None,
+        "it comes from the running Python: what was measured on it does not compare",
+    )
     differing("torch version", lambda record: record.environment.packages.get("torch"), speed)
     differing(
         "perplexity protocol",
         lambda record: sorted(
-            f"{one.corpus} @ {one.sequence_length}, BOS {one.bos}, {one.tokens} tokens" for one in record.perplexity
+            f"{one.corpus} @ {one.sequence_length}, BOS {one.bos}, {one.tokens} tokens, "
+            f"ids {(one.sha256 or 'unknown')[:8]}"
+            for one in record.perplexity
         ),
         "only figures in one row compare",
     )

@@ -60,6 +60,11 @@ def load_compressed(
     return load_model(source), load_tokenizer(source), load_plans(directory)
 
 
+def _public(pretrained: str) -> str:
+    """A local path tells its last part only: a model card is made to be shared."""
+    return Path(pretrained).name if Path(pretrained).exists() else pretrained
+
+
 def _describe(step: Step) -> str:
     if isinstance(step, MergeLayers):
         return f"merge layers {step.low}–{step.high} into one ({step.consolidation}, norms: {step.other_parameters})"
@@ -74,7 +79,7 @@ def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool) ->
         base = plans[0].base
         share = 1 - parameters / base.num_parameters
         lines += [
-            f"Made from `{base.pretrained}`{f' at revision `{base.revision}`' if base.revision else ''}: "
+            f"Made from `{_public(base.pretrained)}`{f' at revision `{base.revision}`' if base.revision else ''}: "
             f"{base.num_layers} → {model.config.num_hidden_layers} decoder layers, "
             f"{base.num_parameters:,} → {parameters:,} parameters ({share:.1%} fewer). "
             + ("Recovered by training after compression." if recovered else "Not trained after compression."),
@@ -89,7 +94,7 @@ def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool) ->
         lines += ["", "The plans beside this file (`plan.json`, …) hold every try of the search. Their sha256:"]
         lines += [f"`{plan.sha256}`" for plan in plans]
     else:
-        lines += [f"`{model.config._name_or_path}`, {parameters:,} parameters; no plan was applied."]
+        lines += [f"`{_public(model.config._name_or_path)}`, {parameters:,} parameters; no plan was applied."]
     lines += ["", "```python", LOAD_EXAMPLE.format(path="."), "```", ""]
     lines += [
         "The licence of the base model applies to this checkpoint; so does that of the data it was trained on.",

@@ -192,11 +192,16 @@ def _convert_gguf(path: Path) -> Path:
     # The weights are plain float32 now; these two would make save_pretrained refuse them as quantised.
     del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]
-    # overwrite: where two processes convert at once, either result is whole and the same.
-    with files.new_directory(target, overwrite=True) as directory:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        (directory / "source.json").write_text(json.dumps({"file": name, "sha256": digest}) + "\n", encoding="utf-8")
+    try:
+        with files.new_directory(target) as directory:
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+            source = json.dumps({"file": name, "sha256": digest}) + "\n"
+            (directory / "source.json").write_text(source, encoding="utf-8")
+    except UsageError:
+        if not (target / "config.json").is_file():
+            raise
+        # Another process was faster. Its result is whole and the same, and may be in use already.
     return target
 
 

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -158,9 +160,10 @@ class CausalLM(pl.LightningModule):
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
-        # bf16-true keeps every parameter in bf16: an adapter in fp32 among them would stop DeepSpeed.
-        mixed = str(self.trainer.precision).endswith("-mixed")
-        self.model = cast("PeftModel", get_peft_model(model, config, autocast_adapter_dtype=mixed))
+        # Adapters are kept in fp32, where small updates are not rounded away, unless the run is in 16 bit as a whole:
+        # an adapter in fp32 among 16-bit parameters would stop DeepSpeed.
+        full = self.trainer.precision not in ("bf16-true", "16-true")
+        self.model = cast("PeftModel", get_peft_model(model, config, autocast_adapter_dtype=full))
         self.model.train()  # from_pretrained gives it in eval mode
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = count_parameters(self.model)
@@ -215,7 +218,13 @@ class CausalLM(pl.LightningModule):
         self.predictions = []
 
     def on_predict_end(self) -> None:
-        """Writes ``predictions.json``."""
+        """Writes ``predictions.json``, with the completions of all ranks in the order of the prompts."""
+        parts = [self.predictions]
+        if dist.is_available() and dist.is_initialized():
+            parts = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(parts, self.predictions)
+        # Lightning deals the prompts out in turn.
+        self.predictions = [p for turn in zip_longest(*parts) for p in turn if p is not None]
         if self.trainer.is_global_zero and self.predictions:
             path = Path(self.trainer.default_root_dir) / "predictions.json"
             files.write_text(path, json.dumps(self.predictions, indent=1, ensure_ascii=False) + "\n")
@@ -227,7 +236,13 @@ class CausalLM(pl.LightningModule):
 
         trainable = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise UsageError(
+                "The learning rate falls to zero over the run, and this one has no end. Set trainer.max_steps or "
+                "trainer.max_epochs."
+            )
+        steps = int(total)
         scheduler = get_linear_schedule_with_warmup(optimizer, min(self.warmup_steps, steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

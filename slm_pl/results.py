@@ -69,6 +69,7 @@ class Environment:
         date: UTC, ISO 8601.
         git: Commit of the working directory, or None outside of a repository.
         platform: Operating system.
+        embedded_sha256: Hash of the embedded text and questions, which come from the running Python.
     """
 
     packages: dict[str, str]
@@ -79,6 +80,7 @@ class Environment:
     date: str
     git: str | None
     platform: str
+    embedded_sha256: str | None = None
 
     @classmethod
     def collect(cls, device: torch.device | str, dtype: torch.dtype | str) -> "Environment":
@@ -88,6 +90,8 @@ class Environment:
             device: Where the model is.
             dtype: Of its weights.
         """
+        from slm_pl.data.embedded import fingerprint
+
         device = torch.device(device)
         packages = {"python": platform.python_version(), "slm_pl": slm_pl.__version__}
         for name in _PACKAGES:
@@ -104,6 +108,7 @@ class Environment:
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             git=_git_commit(),
             platform=platform.platform(),
+            embedded_sha256=fingerprint(),
         )
 
 

@@ -77,4 +77,4 @@ def test_top_level_is_what_was_agreed():
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
     expected = {"slm_pl", "callbacks", "configs", "tests", "main.py", "pyproject.toml", "README.md"}
-    assert top - {"LICENSE", "Makefile", "constraints.txt", ".gitignore", ".ci"} <= expected
+    assert top - {"LICENSE", "Makefile", "constraints.txt", ".gitignore", ".ci", ".github"} <= expected

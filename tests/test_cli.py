@@ -1,11 +1,15 @@
 """The command line as a user meets it: real parsing, real files, pico models."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from slm_pl.cli import main
@@ -188,8 +192,13 @@ def test_non_empty_output_directory_needs_overwrite(arguments, tmp_path, capsys)
     assert f"{export} exists and is not empty" in error
     assert "--overwrite" in error
     assert not (tmp_path / "run" / "plan.json").exists()  # told before the search
+    # What is no export is not replaced at all.
+    code, error = failure(capsys, ["prune", *arguments("--overwrite")])
+    assert (code, (export / "mine.txt").read_text()) == (1, "precious")
+    assert "not an earlier export" in error
+    (export / "config.json").write_text("{}")
     main(["prune", *arguments("--overwrite")])
-    assert (export / "config.json").is_file()
+    assert json.loads((export / "config.json").read_text())["num_hidden_layers"] == 4
     assert not (export / "mine.txt").exists()
 
 
@@ -200,6 +209,32 @@ def test_results_are_not_replaced_without_overwrite(arguments, tmp_path, capsys)
     code, error = failure(capsys, ["test", *arguments(callbacks=[])])
     assert (code, results.read_text()) == (1, "earlier")
     assert "holds the results of an earlier test" in error
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints"])
+def test_export_directory_must_not_hold_the_run(arguments, tmp_path, capsys, inside):
+    export = tmp_path / "run"
+    callbacks = [
+        {"class_path": "callbacks.SlidingWindowMerging", "init_args": {"remove_layers": 2}},
+        {"class_path": "callbacks.ExportCheckpoint", "init_args": {"output_dir": str(export)}},
+    ]
+    if inside:
+        checkpoint = {"dirpath": str(export / inside)}
+        callbacks.append({"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint})
+    root = ("--trainer.default_root_dir", str(tmp_path / "elsewhere")) if inside else ()
+    code, error = failure(
+        capsys, ["fit", *arguments("--trainer.enable_checkpointing", "true", *root, callbacks=callbacks)]
+    )
+    assert code == 1
+    assert f"holds {export / inside}" in error
+    assert not list(tmp_path.rglob("plan.json"))  # told before the search
+
+
+def test_missing_checkpoint_and_endless_training_are_told(arguments, capsys):
+    code, error = failure(capsys, ["fit", *arguments("--ckpt_path", "none.ckpt")])
+    assert (code, "There is no checkpoint none.ckpt" in error) == (1, True)
+    code, error = failure(capsys, ["fit", *arguments("--trainer.max_steps", "-1", "--trainer.max_epochs", "-1")])
+    assert (code, "this one has no end" in error) == (1, True)
 
 
 def test_unsupported_architecture(arguments, tmp_path, capsys):
@@ -222,7 +257,7 @@ def test_config_of_another_version_and_other_bad_configs(arguments, tmp_path, ca
     (tmp_path / "broken.yaml").write_text("a: [1, 2")
     code, error = failure(capsys, ["fit", "--config", str(tmp_path / "broken.yaml")])
     assert code == 1
-    assert "is no YAML" in error
+    assert "is no YAML that can be read" in error
 
 
 def test_hub_model_that_cannot_be_reached(arguments, capsys, monkeypatch):
@@ -246,3 +281,62 @@ def test_main_help_starts_as_fast_as_its_libraries():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "prune" in out
     assert "NEW []" in out
+
+
+def test_validate_reports_the_loss_on_the_responses(arguments, capsys):
+    main(["validate", *arguments()])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "val/loss" in line)
+    assert 0 < float(line.replace("│", " ").split()[-1]) < 50
+
+
+def run_in_a_process(args: list[str]) -> subprocess.Popen:
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.Popen(
+        [sys.executable, str(root / "main.py"), *args],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_interrupt_leaves_whole_checkpoints_and_no_export(arguments, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    callbacks = [
+        {"class_path": "callbacks.SlidingWindowMerging", "init_args": {"remove_layers": 2}},
+        {"class_path": "callbacks.ExportCheckpoint", "init_args": {"output_dir": str(tmp_path / "run" / "export")}},
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"dirpath": str(checkpoints), "every_n_train_steps": 1, "save_top_k": -1, "save_last": True},
+        },
+    ]
+    changes = ("--trainer.max_steps", "100000", "--trainer.max_epochs", "-1", "--trainer.enable_checkpointing", "true")
+    process = run_in_a_process(["fit", *arguments(*changes, callbacks=callbacks)])
+    deadline = time.monotonic() + 120
+    while len(list(checkpoints.glob("*.ckpt"))) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "Traceback" not in out
+    files = list(checkpoints.glob("*.ckpt"))
+    assert len(files) >= 3, out
+    for file in files:
+        state = torch.load(file, weights_only=True)
+        assert state["state_dict"]
+        assert all("lora_" in name for name in state["state_dict"])
+    assert not (tmp_path / "run" / "export").exists()
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_two_processes_end_with_one_plan_and_one_export(arguments, inputs, tmp_path):
+    changes = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--overwrite")
+    process = run_in_a_process(["fit", *arguments(*changes)])
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, out
+    shared_plan = (tmp_path / "run" / "plan.json").read_text()
+    main(["prune", *arguments("--overwrite")])
+    assert (tmp_path / "run" / "plan.json").read_text() == shared_plan
+    exported = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    assert exported["num_hidden_layers"] == 4

@@ -44,7 +44,10 @@ def test_published_recipe_is_in_the_llama_config(capsys, monkeypatch):
     config = parses(["fit", "--config", "configs/llama2_13b_slm.yaml"], capsys)
     trainer, model, data = config["trainer"], config["model"], config["data"]
     assert data["batch_size"] * trainer["devices"] * trainer["accumulate_grad_batches"] == 64
-    assert (trainer["strategy"], trainer["precision"], trainer["max_epochs"]) == ("deepspeed_stage_2", "bf16-true", 2)
+    strategy = trainer["strategy"]
+    assert strategy["class_path"] == "lightning.pytorch.strategies.DeepSpeedStrategy"
+    assert (strategy["init_args"]["stage"], strategy["init_args"]["exclude_frozen_parameters"]) == (2, True)
+    assert (trainer["precision"], trainer["max_epochs"]) == ("bf16-true", 2)
     assert (model["learning_rate"], model["warmup_steps"]) == (1e-4, 100)
     assert (model["lora"]["r"], model["lora"]["alpha"], model["lora"]["dropout"]) == (8, 16, 0.05)
     assert (data["path"], data["cutoff"], data["val_size"]) == ("yahma/alpaca-cleaned", 256, 2000)

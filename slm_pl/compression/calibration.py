@@ -49,14 +49,15 @@ class LayerReplay:
         batches: Token ids, each ``[batch, tokens]``.
 
     Attributes:
-        layer_forwards: Decoder-layer forwards so far, counted in batches; the dense pass is included.
+        layer_forwards: Decoder-layer forwards of every batch so far; the dense pass is included. It does not depend on
+            how many batches this rank holds.
     """
 
     @torch.inference_mode()
     def __init__(self, model: "PreTrainedModel", batches: Iterable[Tensor]) -> None:
         self.layers: list[nn.Module] = list(decoder_layers(model))
         self.norm = final_norm(model)
-        self.layer_forwards = 0
+        self.layer_forwards = len(self.layers)
         device = next(model.parameters()).device
         self.captures = [self._capture(model, batch.to(device)) for batch in batches]
 
@@ -78,7 +79,6 @@ class LayerReplay:
         finally:
             for handle in handles:
                 handle.remove()
-        self.layer_forwards += len(self.layers)
         return Capture(inputs, arguments, final)
 
     @torch.inference_mode()
@@ -106,8 +106,8 @@ class LayerReplay:
             for origin, layer in candidate:
                 output = layer(hidden, **capture.arguments[origin])
                 hidden = output[0] if isinstance(output, tuple) else output
-            self.layer_forwards += len(candidate)
             values += similarity(capture.final, self.norm(hidden)).tolist()
+        self.layer_forwards += len(candidate)
         return mean_over_ranks(values)
 
 

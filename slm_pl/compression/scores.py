@@ -20,4 +20,5 @@ def flattened_cosine(reference: Tensor, candidate: Tensor) -> Tensor:
     """
     a = reference.flatten(1).double()
     b = candidate.flatten(1).double()
-    return torch.nn.functional.cosine_similarity(a, b, dim=1)
+    # Rounding may give 1 + 2e-16, which no threshold could be compared with.
+    return torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)

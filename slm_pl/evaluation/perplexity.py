@@ -1,5 +1,6 @@
 """Perplexity of a causal language model over windows of token ids."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -17,11 +18,12 @@ class PerplexityResult:
     Args:
         corpus: Name of the text.
         sequence_length: Tokens of one window.
-        bos: How the beginning-of-sequence token was handled when the windows were cut: ``none``, ``once`` (before the
-            stream) or ``every_window``.
+        bos: How the beginning-of-sequence token was handled when the windows were cut: ``none`` or ``stream`` (one
+            before the whole text).
         tokens: Scored targets, ``sequence_length - 1`` of each window.
         value: exp(mean cross-entropy over all targets); infinite above about 1e308.
         stderr: Standard error of ``value`` over windows by the delta method; not a number for a single window.
+        sha256: Hash of the token ids: the same name does not make two texts the same.
     """
 
     corpus: str
@@ -30,6 +32,7 @@ class PerplexityResult:
     tokens: int
     value: float
     stderr: float
+    sha256: str | None = None
 
 
 def perplexity(
@@ -95,4 +98,5 @@ def perplexity(
         # torchmetrics takes the logarithm of float32 probabilities, which are 0 below exp(-103); the loss is finite.
         value = float(nll.mean().exp())
     stderr = value * float(nll.std(correction=1)) / math.sqrt(n) if n > 1 else math.nan
-    return PerplexityResult(corpus=corpus, sequence_length=s, bos=bos, tokens=n * (s - 1), value=value, stderr=stderr)
+    digest = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()
+    return PerplexityResult(corpus, s, bos, tokens=n * (s - 1), value=value, stderr=stderr, sha256=digest)

@@ -76,6 +76,10 @@ def test_directory_that_is_not_empty(stage, which, pico_dir, tmp_path):
     assert method.searches == 0  # before the search
     assert os.listdir(tmp_path / which) == ["stale"]
     assert not (tmp_path / "run" / "plan.json").exists()
+    with pytest.raises(UsageError, match="not an earlier export"):
+        start(method, overwrite=True)
+    assert os.listdir(tmp_path / which) == ["stale"]
+    (tmp_path / which / "config.json").write_text("{}")
     start(method, overwrite=True)
     assert method.searches == 1
     assert not (tmp_path / which / "stale").exists()
@@ -119,5 +123,6 @@ def test_training_that_breaks_off_exports_nothing(pico_dir, tmp_path, error):
 
 def test_both_directories_must_differ(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="output_dir and compressed_dir are both a/b"):
-        ExportCheckpoint("a/b", compressed_dir=str(tmp_path / "a" / "b"))
+    for other in ("a/b", "a", "a/b/c"):
+        with pytest.raises(UsageError, match="output_dir is a/b and compressed_dir is .* neither in the other"):
+            ExportCheckpoint("a/b", compressed_dir=str(tmp_path / other))

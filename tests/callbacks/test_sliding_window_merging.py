@@ -135,6 +135,12 @@ def test_where_no_threshold_fits_the_last_window_is_cut():
     assert cut_windows(search.windows, 2) == ((2, 4),)
 
 
+def test_search_ends_where_every_similarity_is_one():
+    # Identity layers: every try is accepted at any threshold below 1, and none at 1.
+    search, _, _ = search_threshold(lambda windows, low, high: 1.0, 6, wanted=2)
+    assert cut_windows(search.windows, 2) == ((2, 4),)
+
+
 def test_cut_gives_back_what_joined_last():
     assert cut_windows(((7, 10), (2, 5)), 4) == ((7, 10), (4, 5))
     assert cut_windows(((7, 10), (2, 5)), 3) == ((7, 10),)
@@ -181,6 +187,16 @@ def test_layer_forwards_are_the_minimum():
         above = [w for w in windows if w[0] > t["high"]]
         expected += 1 + (6 - 1 - t["high"]) - sum(high - low for low, high in above)
     assert plan.outcome["layer_forwards"] == expected
+
+
+def test_trace_holds_every_try_of_every_search():
+    plan = SlidingWindowMerging(remove_layers=2).plan(pico_model(seed=5), CALIBRATION)
+    searches = plan.outcome["searches"]
+    assert {t["search"] for t in plan.trace} == set(range(len(searches)))
+    for t in plan.trace:
+        assert t["accepted"] == (t["similarity"] > searches[t["search"]]["threshold"])
+    final = searches[plan.outcome["search"]]
+    assert (final["threshold"], final["removed_layers"], final["stopped"]) == (plan.outcome["threshold"], 2, None)
 
 
 def test_same_inputs_same_plan_byte_for_byte():
@@ -238,6 +254,11 @@ def test_non_finite_states_stop_the_search():
 def _rank(rank: int, port: int, directory: str) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    # With one sample, one of the two ranks has nothing to score.
+    one = CalibrationSet.from_ids(IDS[:1], CalibrationText(source="ids", samples=1, sequence_length=24))
+    SlidingWindowMerging(remove_layers=2).plan(pico_model(seed=5), one.shard(rank, 2)).save(
+        f"{directory}/few{rank}.json"
+    )
     plan = SlidingWindowMerging(remove_layers=3).plan(pico_model(seed=5), CALIBRATION.shard(rank, 2))
     plan.save(f"{directory}/{rank}.json")
     torch.distributed.destroy_process_group()
@@ -251,4 +272,5 @@ def test_two_processes_share_the_work_and_end_with_the_plan_of_one(tmp_path):
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
     one = SlidingWindowMerging(remove_layers=3).plan(pico_model(seed=5), CALIBRATION).to_json()
+    assert (tmp_path / "few0.json").read_text() == (tmp_path / "few1.json").read_text()
     assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text() == one

@@ -92,6 +92,7 @@ def test_round_trip_and_names(tmp_path):
     }
     assert data["perplexity"][0] == {
         "corpus": "embedded", "sequence_length": 128, "bos": "none", "tokens": 4064, "value": 20.0, "stderr": 0.5,
+        "sha256": None,
     }  # fmt: skip
     boolq = {"metric": "acc", "value": 0.6, "stderr": 0.02, "n": 25, "all": {"acc": 0.6}}
     assert data["zero_shot"]["tasks"] == {"boolq": boolq}
