@@ -78,7 +78,7 @@ def test_readme_command_is_valid(command, capsys, monkeypatch):
     elif words[:2] == ["python", "-m"]:
         assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file()
     else:
-        assert words[0] in ("git", "cd", "python"), command
+        assert command == "source .venv/bin/activate" or words[-1] == "--help"
 
 
 def test_readme_shows_the_row_names_of_the_report():
