@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from slm_pl.compression import surgery
+from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.plan import PLAN_FILE, Base, Calibration, JSONValue, Method, Plan, Step, count_parameters
 from slm_pl.data import AlpacaDataModule, CalibrationSet
 from slm_pl.errors import UsageError
@@ -114,7 +115,7 @@ class CompressionCallback(pl.Callback, ABC):
         self._applied = plan
         parameters = count_parameters(model)
         rank_zero_info(
-            f"{type(self).__name__}: {before.num_layers} -> {model.config.num_hidden_layers} layers, "
+            f"{type(self).__name__}: {before.num_layers} -> {num_layers(model)} layers, "
             f"{before.num_parameters / 1e6:,.1f} M -> {parameters / 1e6:,.1f} M parameters "
             f"({1 - parameters / before.num_parameters:.1%} removed). Plan: {run_plan}"
         )

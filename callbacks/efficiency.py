@@ -2,7 +2,7 @@
 
 import lightning.pytorch as pl
 
-from slm_pl.evaluation.efficiency import measure_generation
+from slm_pl.evaluation.efficiency import check_protocol, measure_generation
 from slm_pl.module import CausalLM
 
 
@@ -18,6 +18,9 @@ class Efficiency(pl.Callback):
         new_tokens: Tokens generated in each run.
         warmup: Runs before counting.
         repeats: Runs that count.
+
+    Raises:
+        UsageError: If a number is out of range.
     """
 
     def __init__(
@@ -28,6 +31,7 @@ class Efficiency(pl.Callback):
         warmup: int = 10,
         repeats: int = 20,
     ) -> None:
+        check_protocol(batch_size, new_tokens, warmup, repeats)
         self.prompt = prompt
         self.batch_size = batch_size
         self.new_tokens = new_tokens

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slm_pl import files
+from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.plan import MergeLayers, Plan, Step, count_parameters, load_plans, save_plans
 from slm_pl.console import LOAD_EXAMPLE
 from slm_pl.loading import load_model, load_tokenizer, resolve
@@ -80,7 +81,7 @@ def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool) ->
         share = 1 - parameters / base.num_parameters
         lines += [
             f"Made from `{_public(base.pretrained)}`{f' at revision `{base.revision}`' if base.revision else ''}: "
-            f"{base.num_layers} → {model.config.num_hidden_layers} decoder layers, "
+            f"{base.num_layers} → {num_layers(model)} decoder layers, "
             f"{base.num_parameters:,} → {parameters:,} parameters ({share:.1%} fewer). "
             + ("Recovered by training after compression." if recovered else "Not trained after compression."),
             "",

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from slm_pl import files, loading
+from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.plan import Plan, count_parameters, load_plans
 from slm_pl.errors import UsageError
 from slm_pl.results import Environment, ModelIdentity, Results
@@ -287,7 +288,7 @@ class CausalLM(pl.LightningModule):
                 label=self.label or Path(self.trainer.default_root_dir).name,
                 source=self.pretrained,
                 base=base,
-                num_layers=model.config.num_hidden_layers,
+                num_layers=num_layers(model),
                 num_parameters=count_parameters(model),
                 plan_sha256=self.plans[-1].sha256 if self.plans else None,
             ),

@@ -57,7 +57,7 @@ def test_only_the_surgery_changes_layers_and_only_the_architecture_knows_paths()
             continue
         text = path.read_text()
         assert "set_decoder_layers" not in text, path
-        for module_path in ("self_attn", "model.layers", "down_proj", "num_hidden_layers ="):
+        for module_path in ("self_attn", "model.layers", "down_proj", "num_hidden_layers"):
             code = ast.unparse(strip_docstrings(ast.parse(text)))
             assert module_path not in code, f"{path}: {module_path}"
 

@@ -150,6 +150,7 @@ def swm(**init_args: object) -> list[dict]:
         ([], swm(treshold=0.5), 2, ["treshold"]),
         ([], swm(remove_layers=1, consolidation="magic"), 2, ["magic", "keep_top"]),
         ([], swm(plan_path="none.json"), 1, ["There is no plan at none.json"]),
+        ([], [{"class_path": "callbacks.Efficiency", "init_args": {"repeats": 1}}], 1, ["repeats 1", "2 or more"]),
         ([], [{"class_path": "callbacks.NoSuchMethod"}], 2, ["NoSuchMethod"]),
         (["--model.learning_rte", "1"], None, 2, ["learning_rte"]),
         (["--model.lora.r", "0"], None, 1, ["lora.r is 0"]),

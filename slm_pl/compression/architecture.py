@@ -64,6 +64,11 @@ def architecture_of(model: "PreTrainedModel") -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def num_layers(model: "PreTrainedModel") -> int:
+    """How many decoder layers a model has; also of one that cannot be compressed."""
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
 def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
     """The decoder layers of a model, in order."""
     return model.get_submodule(architecture_of(model).layers)  # type: ignore[return-value]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from torch import nn
 
 from slm_pl import files
+from slm_pl.compression.architecture import num_layers
 from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Base:
             pretrained=str(config._name_or_path),
             revision=getattr(config, "_commit_hash", None),
             model_type=config.model_type,
-            num_layers=config.num_hidden_layers,
+            num_layers=num_layers(model),
             num_parameters=count_parameters(model),
             config_sha256=config_fingerprint(config.to_dict()),
         )

@@ -11,17 +11,9 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
-from slm_pl.data.corpora import (
-    CalibrationSet,
-    CalibrationText,
-    file_suffix,
-    load_calibration,
-    load_hub,
-    read_json,
-    read_jsonl,
-    read_parquet,
-)
+from slm_pl.data.corpora import CalibrationSet, CalibrationText, load_calibration
 from slm_pl.data.embedded import docstring_rows
+from slm_pl.data.readers import file_suffix, load_hub, read_json, read_jsonl, read_parquet
 from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:

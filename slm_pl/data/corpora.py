@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from slm_pl.data.embedded import topic_texts
+from slm_pl.data.readers import read_column, read_json, read_text, text_suffix
 from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-_SUFFIXES = (".txt", ".jsonl", ".parquet", ".json")
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def load_calibration(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase"
     Raises:
         UsageError: The source cannot be read, or has too few documents that are long enough.
     """
-    if _suffix(text.source) == ".json":
+    if text_suffix(text.source) == ".json":
         samples, flat = _read_ids(Path(text.source), tokenizer)
         if flat or not samples or min(map(len, samples)) < 2:
             found = "a flat list" if flat else "a sample of fewer than two ids" if samples else "no sample"
@@ -176,10 +174,10 @@ def load_calibration(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase"
     documents: Sequence[str]
     if text.source == "embedded":
         documents = topic_texts("calibration")
-    elif _suffix(text.source) == ".txt":
-        documents = _pieces(_read_text(Path(text.source)), 2 * text.sequence_length)
+    elif text_suffix(text.source) == ".txt":
+        documents = _pieces(read_text(Path(text.source)), 2 * text.sequence_length)
     else:
-        documents = _read_column(text.source, text.name, text.split, text.column)
+        documents = read_column(text.source, text.name, text.split, text.column)
     return CalibrationSet.from_ids(_sample(documents, text, tokenizer), text)
 
 
@@ -225,7 +223,7 @@ def load_evaluation(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase") 
         UsageError: The source cannot be read, or does not fill one window.
     """
     length = text.sequence_length
-    if _suffix(text.source) == ".json":
+    if text_suffix(text.source) == ".json":
         lists, flat = _read_ids(Path(text.source), tokenizer)
         unfit = [number for number, ids in enumerate(lists, 1) if len(ids) != length]
         if not flat and (unfit or text.bos == "stream"):
@@ -255,9 +253,9 @@ def load_evaluation(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase") 
 def _whole_text(text: EvaluationText) -> str:
     if text.source == "embedded":
         return "\n\n".join(topic_texts("heldout"))
-    if _suffix(text.source) == ".txt":
-        return _read_text(Path(text.source))
-    return "\n\n".join(_read_column(text.source, text.name, text.split, text.column))
+    if text_suffix(text.source) == ".txt":
+        return read_text(Path(text.source))
+    return "\n\n".join(read_column(text.source, text.name, text.split, text.column))
 
 
 def _tokenise(text: str, tokenizer: "PreTrainedTokenizerBase", *, special_tokens: bool) -> list[int]:
@@ -279,171 +277,6 @@ def _pieces(text: str, words: int) -> list[str]:
     if lines:
         pieces.append((pieces.pop() if pieces else "") + "".join(lines))
     return pieces
-
-
-# Reading. These are also used for instruction rows.
-
-
-def file_suffix(source: str, allowed: Sequence[str]) -> str:
-    """Suffix of a file name, or "" for the id of a Hub data set (or a folder).
-
-    Args:
-        source: What the user gave.
-        allowed: The suffixes that can be read.
-
-    Raises:
-        UsageError: It names a file that is missing or of another kind.
-    """
-    path = Path(source)
-    suffix = path.suffix.lower()
-    if suffix not in allowed:
-        if path.is_file():
-            raise UsageError(f"{source} is a file of an unknown kind; allowed are {', '.join(allowed)}.")
-        return ""
-    if not path.is_file():
-        raise UsageError(
-            f"File not found: {source} (looked for as {path.absolute()}). Give an existing {suffix} file; a relative "
-            "path starts at the working directory."
-        )
-    return suffix
-
-
-def _suffix(source: str) -> str:
-    if not source:
-        raise UsageError(
-            f"The source of the text is empty; allowed are 'embedded', a file ({', '.join(_SUFFIXES)}) and the id of a "
-            "Hub data set."
-        )
-    return file_suffix(source, _SUFFIXES)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as UTF-8 text: {error}.") from error
-
-
-def read_json(path: Path) -> object:
-    """Parse a JSON file.
-
-    Raises:
-        UsageError: It is not JSON; the message names the line.
-    """
-    try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). Correct the file."
-        ) from error
-
-
-def read_jsonl(path: Path) -> list[tuple[str, dict[str, object]]]:
-    """Parse a file with one JSON object a line; empty lines are skipped.
-
-    Returns:
-        Pairs of the place ("file, line 3", for messages) and the object.
-
-    Raises:
-        UsageError: A line is not a JSON object.
-    """
-    rows: list[tuple[str, dict[str, object]]] = []
-    # not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{place}: not valid JSON ({error.msg}); each line must be one JSON object.") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{place}: a JSON {type(row).__name__}; each line must be one JSON object.")
-        rows.append((place, row))
-    return rows
-
-
-def read_parquet(path: Path) -> "Dataset":
-    """Open a parquet file.
-
-    Raises:
-        UsageError: It is not a parquet file.
-    """
-    import pyarrow.parquet
-    from datasets import Dataset
-
-    try:
-        return Dataset(pyarrow.parquet.read_table(path))
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"{path} cannot be read as a parquet file: {error}") from error
-
-
-def load_hub(source: str, name: str | None, split: str) -> "Dataset":
-    """Load one split of a Hub data set.
-
-    Raises:
-        UsageError: It does not exist, cannot be reached, or has no such configuration or split.
-    """
-    import datasets
-
-    # The hub client fails with many unrelated exception classes (its own, httpx's, OSError, ValueError, …): whatever
-    # it says is news for the user, not a fault of this program.
-    try:
-        loaded = datasets.load_dataset(source, name, split=split)
-    except Exception as error:
-        configuration = f", configuration {name!r}" if name else ""
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UsageError(
-            f"Data set {source!r}{configuration}, split {split!r}, cannot be loaded from the Hub: "
-            f"{type(error).__name__}: {reason}. Give the id of a data set that exists, a "
-            "local file, or 'embedded'; the last two need no network."
-        ) from error
-    if not isinstance(loaded, datasets.Dataset):
-        raise UsageError(f"Data set {source!r}, split {split!r}, is a {type(loaded).__name__}; give one single split.")
-    return loaded
-
-
-def _read_column(source: str, name: str | None, split: str, column: str) -> Sequence[str]:
-    """The texts of one column of a .jsonl, .parquet or Hub data set."""
-    suffix = _suffix(source)
-    if suffix == ".jsonl":
-        texts = []
-        for place, row in read_jsonl(Path(source)):
-            value = row.get(column)
-            if not isinstance(value, str):
-                raise UsageError(_no_column(place, column, list(row)))
-            texts.append(value)
-        return texts
-    table = read_parquet(Path(source)) if suffix == ".parquet" else load_hub(source, name, split)
-    feature = table.features.get(column)
-    if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        raise UsageError(_no_column(f"{source}, split {split!r}" if not suffix else source, column, table.column_names))
-    # A column of a table is read row by row: a corpus of millions of rows is not copied to draw ten of them.
-    return _Texts(table, column)
-
-
-class _Texts(Sequence[str]):
-    """One column of a table as a sequence; an absent value is an empty text."""
-
-    def __init__(self, table: "Dataset", column: str) -> None:
-        self._table, self._column = table, column
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # slices are not needed
-        return self._table[index][self._column] or ""
-
-    def __iter__(self) -> Iterator[str]:
-        for value in self._table[self._column]:
-            yield value or ""
-
-
-def _no_column(place: str, column: str, found: Sequence[str]) -> str:
-    columns = ", ".join(map(repr, found)) or "none"
-    return (
-        f"{place}: no column {column!r} with text; columns found: {columns}. Set `column` to the one that holds text."
-    )
 
 
 def _read_ids(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[list[int]], bool]:

@@ -84,6 +84,22 @@ class EfficiencyResult:
     missing: dict[str, str] = field(default_factory=dict)
 
 
+def check_protocol(batch_size: int, new_tokens: int, warmup: int, repeats: int) -> None:
+    """Refuses numbers that :func:`measure_generation` cannot use.
+
+    Raises:
+        UsageError: If one is out of range.
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("new_tokens", new_tokens, 1),
+        ("warmup", warmup, 0),
+        ("repeats", repeats, 2),
+    ):
+        if value < least:
+            raise UsageError(f"Efficiency got {name} {value}; allowed is {least} or more.")
+
+
 def measure_generation(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
@@ -118,14 +134,7 @@ def measure_generation(
     Raises:
         UsageError: If a number is out of range, the prompt is empty, or prompt and answer exceed the model's context.
     """
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("new_tokens", new_tokens, 1),
-        ("warmup", warmup, 0),
-        ("repeats", repeats, 2),
-    ):
-        if value < least:
-            raise UsageError(f"Efficiency got {name} {value}; allowed is {least} or more.")
+    check_protocol(batch_size, new_tokens, warmup, repeats)
     device = device_of(model)
     encoded = tokenizer([prompt] * batch_size, return_tensors="pt")
     ids, mask = encoded["input_ids"].to(device), encoded["attention_mask"].to(device)

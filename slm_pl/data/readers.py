@@ -1,0 +1,181 @@
+"""Files and Hub data sets with text, read with errors that name the place; for corpora and for instruction rows."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slm_pl.errors import UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".json")
+
+
+def file_suffix(source: str, allowed: Sequence[str]) -> str:
+    """Suffix of a file name, or "" for the id of a Hub data set (or a folder).
+
+    Args:
+        source: What the user gave.
+        allowed: The suffixes that can be read.
+
+    Raises:
+        UsageError: It names a file that is missing or of another kind.
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if suffix not in allowed:
+        if path.is_file():
+            raise UsageError(f"{source} is a file of an unknown kind; allowed are {', '.join(allowed)}.")
+        return ""
+    if not path.is_file():
+        raise UsageError(
+            f"File not found: {source} (looked for as {path.absolute()}). Give an existing {suffix} file; a relative "
+            "path starts at the working directory."
+        )
+    return suffix
+
+
+def text_suffix(source: str) -> str:
+    """Suffix of a source of text, or "" for the id of a Hub data set; see :func:`file_suffix`."""
+    if not source:
+        raise UsageError(
+            f"The source of the text is empty; allowed are 'embedded', a file ({', '.join(TEXT_SUFFIXES)}) and the "
+            "id of a Hub data set."
+        )
+    return file_suffix(source, TEXT_SUFFIXES)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        UsageError: It cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+
+
+def read_json(path: Path) -> object:
+    """Parse a JSON file.
+
+    Raises:
+        UsageError: It is not JSON; the message names the line.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). Correct the file."
+        ) from error
+
+
+def read_jsonl(path: Path) -> list[tuple[str, dict[str, object]]]:
+    """Parse a file with one JSON object a line; empty lines are skipped.
+
+    Returns:
+        Pairs of the place ("file, line 3", for messages) and the object.
+
+    Raises:
+        UsageError: A line is not a JSON object.
+    """
+    rows: list[tuple[str, dict[str, object]]] = []
+    # not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{place}: not valid JSON ({error.msg}); each line must be one JSON object.") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{place}: a JSON {type(row).__name__}; each line must be one JSON object.")
+        rows.append((place, row))
+    return rows
+
+
+def read_parquet(path: Path) -> "Dataset":
+    """Open a parquet file.
+
+    Raises:
+        UsageError: It is not a parquet file.
+    """
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    try:
+        return Dataset(pyarrow.parquet.read_table(path))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(f"{path} cannot be read as a parquet file: {error}") from error
+
+
+def load_hub(source: str, name: str | None, split: str) -> "Dataset":
+    """Load one split of a Hub data set.
+
+    Raises:
+        UsageError: It does not exist, cannot be reached, or has no such configuration or split.
+    """
+    import datasets
+
+    # The hub client fails with many unrelated exception classes (its own, httpx's, OSError, ValueError, …): whatever
+    # it says is news for the user, not a fault of this program.
+    try:
+        loaded = datasets.load_dataset(source, name, split=split)
+    except Exception as error:
+        configuration = f", configuration {name!r}" if name else ""
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(
+            f"Data set {source!r}{configuration}, split {split!r}, cannot be loaded from the Hub: "
+            f"{type(error).__name__}: {reason}. Give the id of a data set that exists, a "
+            "local file, or 'embedded'; the last two need no network."
+        ) from error
+    if not isinstance(loaded, datasets.Dataset):
+        raise UsageError(f"Data set {source!r}, split {split!r}, is a {type(loaded).__name__}; give one single split.")
+    return loaded
+
+
+def read_column(source: str, name: str | None, split: str, column: str) -> Sequence[str]:
+    """The texts of one column of a .jsonl, .parquet or Hub data set."""
+    suffix = text_suffix(source)
+    if suffix == ".jsonl":
+        texts = []
+        for place, row in read_jsonl(Path(source)):
+            value = row.get(column)
+            if not isinstance(value, str):
+                raise UsageError(_no_column(place, column, list(row)))
+            texts.append(value)
+        return texts
+    table = read_parquet(Path(source)) if suffix == ".parquet" else load_hub(source, name, split)
+    feature = table.features.get(column)
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise UsageError(_no_column(f"{source}, split {split!r}" if not suffix else source, column, table.column_names))
+    # A column of a table is read row by row: a corpus of millions of rows is not copied to draw ten of them.
+    return _Texts(table, column)
+
+
+class _Texts(Sequence[str]):
+    """One column of a table as a sequence; an absent value is an empty text."""
+
+    def __init__(self, table: "Dataset", column: str) -> None:
+        self._table, self._column = table, column
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # slices are not needed
+        return self._table[index][self._column] or ""
+
+    def __iter__(self) -> Iterator[str]:
+        for value in self._table[self._column]:
+            yield value or ""
+
+
+def _no_column(place: str, column: str, found: Sequence[str]) -> str:
+    columns = ", ".join(map(repr, found)) or "none"
+    return (
+        f"{place}: no column {column!r} with text; columns found: {columns}. Set `column` to the one that holds text."
+    )
