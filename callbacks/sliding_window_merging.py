@@ -1,9 +1,7 @@
 """Sliding-Window Merging (arXiv 2502.19159)."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -11,162 +9,15 @@ from callbacks.base import CompressionCallback
 from slm_pl.compression.architecture import architecture_of, decoder_layers
 from slm_pl.compression.calibration import Layer, LayerReplay
 from slm_pl.compression.plan import Consolidation, JSONValue, MergeLayers, OtherParameters, Plan, count_parameters
-from slm_pl.compression.scores import flattened_cosine
-from slm_pl.compression.surgery import merge
+from slm_pl.compression.scores import CKA, FlattenedCosine, Kernel, Similarity
+from slm_pl.compression.surgery import GrowingWindow, MergedLayer, check_consolidation, merge
+from slm_pl.compression.windows import Window, cut_windows, search_threshold, search_windows
 from slm_pl.console import progress
 from slm_pl.data import CalibrationSet
 from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-Window = tuple[int, int]
-"""Decoder layers ``low..high``, both included, numbered as in the dense model."""
-Score = Callable[[tuple[Window, ...], int, int], float]
-"""Similarity of the dense model and the one with these windows merged and ``low..high`` merged, too."""
-
-
-@dataclass(frozen=True)
-class Try:
-    """One candidate window, compared with the threshold."""
-
-    low: int
-    high: int
-    similarity: float
-    accepted: bool
-
-
-@dataclass(frozen=True)
-class Search:
-    """What one threshold leads to.
-
-    Attributes:
-        windows: The windows to merge, in the order they were found (from the top down).
-        tries: Every comparison.
-        lower: Largest similarity that was rejected: down to this threshold the search goes the same way.
-        upper: Smallest similarity that was accepted: below this threshold the search goes the same way.
-        stopped: It was given up when it was clear that more (``"above"``) or fewer (``"below"``) layers than wanted
-            would go.
-    """
-
-    windows: tuple[Window, ...]
-    tries: tuple[Try, ...]
-    lower: float
-    upper: float
-    stopped: str | None = None
-
-    @property
-    def removed(self) -> int:
-        """Layers that merging the windows removes."""
-        return sum(high - low for low, high in self.windows)
-
-
-def search_windows(
-    score: Score, num_layers: int, threshold: float, skip_last: int = 1, wanted: int | None = None
-) -> Search:
-    """Grows windows downward from the top while the merged model stays similar to the dense one.
-
-    Algorithm 1 of arXiv 2502.19159 as the authors' program runs it: a window is anchored at ``high`` and grows by one
-    layer while the similarity is > ``threshold``; when it fails, the window before is kept and the next one starts at
-    the layer that failed; a window of one layer moves down by one. Unlike the program, a window that is still open at
-    layer 0 is kept, and a committed model is not tried a second time.
-
-    Args:
-        score: Similarity of a candidate.
-        num_layers: Decoder layers of the dense model.
-        threshold: A candidate is accepted if its similarity is greater.
-        skip_last: So many layers at the top are never merged.
-        wanted: Give up as soon as it is certain that not exactly so many layers are removed.
-    """
-    windows: tuple[Window, ...] = ()
-    tries: list[Try] = []
-    removed = 0
-    high = num_layers - 1 - skip_last
-    low = high - 1
-    stopped = None
-    while low >= 0:
-        similarity = score(windows, low, high)
-        accepted = similarity > threshold
-        tries.append(Try(low, high, similarity, accepted))
-        if accepted:
-            low -= 1
-        else:
-            if low + 1 < high:
-                windows += ((low + 1, high),)
-                removed += high - low - 1
-            high = low
-            low = high - 1
-        if wanted is not None:
-            at_least, at_most = removed + high - low - 1, removed + high
-            if at_least > wanted or at_most < wanted:
-                stopped = "above" if at_least > wanted else "below"
-                break
-    if low + 1 < high:
-        windows += ((low + 1, high),)
-    return Search(
-        windows,
-        tuple(tries),
-        lower=max((t.similarity for t in tries if not t.accepted), default=-1.0),
-        upper=min((t.similarity for t in tries if t.accepted), default=1.0),
-        stopped=stopped,
-    )
-
-
-def search_threshold(
-    score: Score, num_layers: int, wanted: int, skip_last: int = 1
-) -> tuple[Search, float, list[tuple[float, Search]]]:
-    """Finds a threshold at which exactly ``wanted`` layers are removed, if there is one.
-
-    A search goes the same way for every threshold in its ``[lower, upper)``, so one run settles a whole interval. The
-    number removed falls with the threshold, but not strictly so: bisection finds the step that crosses ``wanted``, and
-    if that step jumps over it, all other intervals are tried, from the step outward. Only if none is exact, the search
-    at the greatest threshold that removes more is taken, to be ended by :func:`cut_windows`.
-
-    Returns:
-        The search, its threshold, and all searches in order. If no threshold is exact, the ``removed`` of the search
-        is greater than ``wanted``.
-    """
-    runs: list[tuple[float, Search]] = []
-
-    def run(threshold: float) -> Search:
-        for _, known in runs:
-            if known.lower <= threshold < known.upper:
-                return known
-        runs.append((threshold, search_windows(score, num_layers, threshold, skip_last, wanted)))
-        return runs[-1][1]
-
-    low, high = -2.0, 1.0  # below -1 every window is accepted, so the side that removes more is always met
-    while low < high:
-        threshold = (low + high) / 2
-        search = run(threshold)
-        if search.stopped is None:
-            return search, threshold, runs
-        if search.stopped == "above":
-            low = search.upper
-        else:
-            high = search.lower
-    down, up = math.nextafter(low, -2.0), high
-    while -1 <= down < 1 or -1 <= up < 1:
-        for threshold in (up, down):
-            if -1 <= threshold < 1:
-                search = run(threshold)
-                if search.stopped is None:
-                    return search, threshold, runs
-                up = search.upper if threshold == up else up
-                down = math.nextafter(search.lower, -2.0) if threshold == down else down
-    threshold, search = max((tried for tried in runs if tried[1].stopped == "above"), key=lambda tried: tried[0])
-    return search, threshold, runs
-
-
-def cut_windows(windows: tuple[Window, ...], wanted: int) -> tuple[Window, ...]:
-    """Shrinks the last windows from below until exactly ``wanted`` layers are removed."""
-    kept: list[Window] = []
-    for low, high in windows:
-        room = wanted - sum(top - bottom for bottom, top in kept)
-        if room > 0:
-            kept.append((max(low, high - room), high))
-    return tuple(kept)
 
 
 class SlidingWindowMerging(CompressionCallback):
@@ -183,18 +34,28 @@ class SlidingWindowMerging(CompressionCallback):
               init_args:
                 remove_layers: 6
 
-    As published: ``threshold: 0.72``, ``other_parameters: bottom``. That gives the merged layer the norms of the
-    window's *bottom* layer, which do not fit the projections of its top layer. On SmolLM2-135M this ruins the model
-    (README, "What the published setting does"), so ``top`` is the default here.
+    As published: ``configs/parts/slm_published.yaml`` (``threshold: 0.72``, ``other_parameters: bottom``). That gives
+    the merged layer the norms of the window's *bottom* layer, which do not fit the projections of its top layer. On
+    SmolLM2-135M this ruins the model (README, "Which consolidation"), so ``top`` is the default here.
+
+    With θ_low … θ_high the parameters of the window's layers, a merged layer has the projections
+
+    * ``keep_top``: θ_high, which is what the authors' program computes;
+    * ``keep_bottom``: θ_low, their ablation "delete";
+    * ``sum``: θ_low + Σ_{k=low+1..high} (θ_k − θ_low), the paper's figure and LaCo's formula; for a window of two
+      layers this is θ_high;
+    * ``mean``: Σ_{k=low..high} θ_k / (high − low + 1), their ablation "average" with the division it forgets.
 
     Args:
-        threshold: A window grows while the cosine of the flattened final hidden states is greater; in (-1, 1].
+        threshold: A window grows while the similarity is greater; in (-1, 1].
         remove_layers: Remove exactly so many layers, by the threshold that does. Where no threshold gives exactly so
             many, the last window is cut to fit and the plan says so (``outcome.cut_to_fit``).
         ratio: Remove this share of all parameters, to the nearest whole layer; in (0, 1).
-        consolidation: How a window becomes one layer. ``keep_top``: the projections of its top layer, which is what the
-            authors' program computes.
-        other_parameters: Whose norms and biases the merged layer takes: ``top``, or ``bottom`` as published.
+        consolidation: Which projections the merged layer gets; ``sum`` and ``mean`` not for models with experts.
+        other_parameters: Whose norms and biases it takes: ``top``, ``bottom`` as published, or their ``mean``.
+        similarity: ``cosine`` of the flattened final hidden states, as published; or ``cka``, the centered kernel
+            alignment of the tokens' final hidden states, which is blind to rotation and scale.
+        kernel: Of the alignment: ``linear``, or ``rbf`` with the median distance as bandwidth.
         skip_last: So many layers at the top are never merged.
         plan_path: Apply this ``plan.json`` and do not search.
 
@@ -209,6 +70,8 @@ class SlidingWindowMerging(CompressionCallback):
         ratio: float | None = None,
         consolidation: Consolidation = "keep_top",
         other_parameters: OtherParameters = "top",
+        similarity: Literal["cosine", "cka"] = "cosine",
+        kernel: Kernel = "linear",
         skip_last: int = 1,
         plan_path: str | None = None,
     ) -> None:
@@ -221,56 +84,43 @@ class SlidingWindowMerging(CompressionCallback):
                 "exactly one of threshold, remove_layers, ratio (or plan_path)."
             )
         if threshold is not None and not -1 < threshold <= 1:
-            raise UsageError(f"threshold is {threshold}; a cosine threshold is in (-1, 1]. Published: 0.72.")
+            raise UsageError(f"threshold is {threshold}; a similarity threshold is in (-1, 1]. Published: 0.72.")
         if remove_layers is not None and remove_layers < 1:
             raise UsageError(f"remove_layers is {remove_layers}; give at least 1.")
         if ratio is not None and not 0 < ratio < 1:
             raise UsageError(f"ratio is {ratio}; it is a share of all parameters, in (0, 1). For 20 % give 0.2.")
         if skip_last < 0:
             raise UsageError(f"skip_last is {skip_last}; give 0 or more layers (published: 1).")
+        if kernel != "linear" and similarity != "cka":
+            raise UsageError(f"kernel is {kernel!r}, but similarity {similarity!r} has no kernel. Set similarity: cka.")
         self.threshold = threshold
         self.remove_layers = remove_layers
         self.ratio = ratio
         self.consolidation = consolidation
         self.other_parameters = other_parameters
+        self.similarity = similarity
+        self.kernel = kernel
         self.skip_last = skip_last
 
     def plan(self, model: "PreTrainedModel", calibration: CalibrationSet) -> Plan:
         """Searches the windows; see the class."""
-        architecture = architecture_of(model)
-        num_layers = len(decoder_layers(model))
+        check_consolidation(model, self.consolidation)
         wanted = self._wanted(model)
+        similarity: Similarity = FlattenedCosine() if self.similarity == "cosine" else CKA(self.kernel)
         with progress("Searching windows") as advance:
             replay = LayerReplay(model, calibration)
-            known: dict[tuple[tuple[Window, ...], int, int], float] = {}
-
-            def merged(low: int, high: int) -> Layer:
-                return merge(replay.layers[low : high + 1], self.consolidation, self.other_parameters, architecture)
-
-            def score(windows: tuple[Window, ...], low: int, high: int) -> float:
-                key = (windows, low, high)
-                if key not in known:
-                    candidate: list[tuple[int, Layer]] = [(high, merged(low, high))]
-                    above = high + 1
-                    for window_low, window_high in reversed(windows):
-                        candidate += [(layer, replay.layers[layer]) for layer in range(above, window_low)]
-                        candidate.append((window_high, merged(window_low, window_high)))
-                        above = window_high + 1
-                    candidate += [(layer, replay.layers[layer]) for layer in range(above, num_layers)]
-                    known[key] = replay.score(candidate, low, flattened_cosine)
-                    advance(f"layers {low}-{high}: {known[key]:.4f}")
-                return known[key]
-
+            candidates = Candidates(model, replay, self.consolidation, self.other_parameters, similarity, advance)
+            num_layers = len(replay.layers)
             if wanted is None:
                 assert self.threshold is not None
                 threshold = self.threshold
-                search = search_windows(score, num_layers, threshold, self.skip_last)
+                search = search_windows(candidates.score, num_layers, threshold, self.skip_last)
                 runs = [(threshold, search)]
             else:
-                search, threshold, runs = search_threshold(score, num_layers, wanted, self.skip_last)
+                search, threshold, runs = search_threshold(candidates.score, num_layers, wanted, self.skip_last)
         windows = search.windows if wanted is None else cut_windows(search.windows, wanted)
         if not windows:
-            best = max(known.values(), default=-1.0)
+            best = max(candidates.scores.values(), default=-1.0)
             rank_zero_warn(
                 f"SlidingWindowMerging merged nothing: the best similarity seen is {best:.4f}, the threshold "
                 f"{threshold}. Lower the threshold below {best:.4f}, or give remove_layers."
@@ -323,6 +173,66 @@ class SlidingWindowMerging(CompressionCallback):
                 f"(ratio {layers_share(model, 1):.3f} to {layers_share(model, most):.3f})."
             )
         return wanted
+
+
+class Candidates:
+    """Scores candidate models, none of them twice, by replaying the layers from the lowest window up.
+
+    The window that grows is updated in place. Windows above it that are settled are merged again whenever their turn
+    comes, a fraction of the work of one layer, so that they take no memory in between.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        replay: LayerReplay,
+        consolidation: Consolidation,
+        other_parameters: OtherParameters,
+        similarity: Similarity,
+        advance: Callable[[str], None],
+    ) -> None:
+        self.scores: dict[tuple[tuple[Window, ...], int, int], float] = {}
+        self._replay = replay
+        self._how = (consolidation, other_parameters, architecture_of(model))
+        self._similarity = similarity
+        self._advance = advance
+        self._growing: GrowingWindow | None = None
+        self._grown: Window = (0, 0)
+
+    def score(self, windows: tuple[Window, ...], low: int, high: int) -> float:
+        """Similarity of the dense model and the one with ``windows`` and the window ``low..high`` below them merged."""
+        key = (windows, low, high)
+        if key not in self.scores:
+            candidate = self._layers(self._grow(low, high), windows, high)
+            self.scores[key] = self._replay.score(candidate, low, self._similarity)
+            self._advance(f"layers {low}-{high}: {self.scores[key]:.4f}")
+        return self.scores[key]
+
+    def _grow(self, low: int, high: int) -> MergedLayer:
+        layers = self._replay.layers
+        if self._growing is None or self._grown[1] != high or self._grown[0] < low:
+            self._growing, self._grown = GrowingWindow(layers[high], *self._how), (high, high)
+        for below in range(self._grown[0] - 1, low - 1, -1):
+            self._growing.grow(layers[below])
+        self._grown = (low, high)
+        return self._growing.layer()
+
+    def _layers(self, lowest: MergedLayer, windows: tuple[Window, ...], high: int) -> Iterator[tuple[int, Layer]]:
+        """The candidate's layers from the lowest window up, each made when its turn comes."""
+        layers = self._replay.layers
+
+        def origin(low: int, high: int) -> int:
+            return MergeLayers(low, high, self._how[0]).host
+
+        yield origin(self._grown[0], high), lowest
+        above = high + 1
+        for window_low, window_high in reversed(windows):
+            for layer in range(above, window_low):
+                yield layer, layers[layer]
+            yield origin(window_low, window_high), merge(layers[window_low : window_high + 1], *self._how)
+            above = window_high + 1
+        for layer in range(above, len(layers)):
+            yield layer, layers[layer]
 
 
 def layers_share(model: "PreTrainedModel", removed: int) -> float:

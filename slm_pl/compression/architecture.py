@@ -7,12 +7,18 @@ To support another architecture, add one entry to :data:`ARCHITECTURES` and its 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_FUSED_MLP = ("mlp.gate_up_proj", "mlp.down_proj")
+_NEOX_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 
 @dataclass(frozen=True)
@@ -21,31 +27,60 @@ class Architecture:
 
     Attributes:
         layers: Path of the ``ModuleList`` of decoder layers, from the causal language model.
+        final: Paths of the modules between the last decoder layer and the language-model head, in order. One that a
+            model of this type does not have is passed over.
         projections: Paths of the linear maps inside one decoder layer. All other parameters of a layer, and the
             biases, are its *other parameters*.
-        num_layers: Config field that counts the layers.
+        experts: Names of the parameters of the experts and their router inside one decoder layer. They are kept with
+            the projections. The experts of two layers do not correspond, so no sum or mean of them is formed.
         per_layer_lists: Config fields that hold one entry for each layer.
     """
 
     layers: str = "model.layers"
-    projections: tuple[str, ...] = (
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    )
-    num_layers: str = "num_hidden_layers"
+    final: tuple[str, ...] = ("model.norm",)
+    projections: tuple[str, ...] = _ATTENTION + _GATED_MLP
+    experts: tuple[str, ...] = ()
     per_layer_lists: tuple[str, ...] = ("layer_types",)
 
 
+_EXPERTS = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
 ARCHITECTURES: dict[str, Architecture] = {
+    "bloom": Architecture(
+        layers="transformer.h",
+        final=("transformer.ln_f",),
+        projections=("self_attention.query_key_value", "self_attention.dense", *_NEOX_MLP),
+    ),
+    "gemma2": Architecture(),
+    "gemma3_text": Architecture(),
+    "glm4": Architecture(projections=_ATTENTION + _FUSED_MLP),
+    "gpt_neox": Architecture(
+        layers="gpt_neox.layers",
+        final=("gpt_neox.final_layer_norm",),
+        projections=("attention.query_key_value", "attention.dense", *_NEOX_MLP),
+    ),
+    "granite": Architecture(),
     "llama": Architecture(),
     "mistral": Architecture(),
+    "mixtral": Architecture(projections=_ATTENTION, experts=_EXPERTS),
+    "olmo2": Architecture(),
+    "opt": Architecture(
+        layers="model.decoder.layers",
+        final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
+        projections=(
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.out_proj",
+            "fc1",
+            "fc2",
+        ),
+    ),
+    "phi3": Architecture(projections=("self_attn.qkv_proj", "self_attn.o_proj", *_FUSED_MLP)),
     "qwen2": Architecture(),
     "qwen3": Architecture(),
+    # Some of its layers may have an ordinary MLP.
+    "qwen3_moe": Architecture(experts=_EXPERTS),
 }
 
 
@@ -59,9 +94,23 @@ def architecture_of(model: "PreTrainedModel") -> Architecture:
     if model_type not in ARCHITECTURES:
         raise UsageError(
             f"The model is a {type(model).__name__} of model_type {model_type!r}; supported are "
-            f"{', '.join(sorted(ARCHITECTURES))}. To add it, write one entry in slm_pl/compression/architecture.py."
+            f"{', '.join(sorted(ARCHITECTURES))}. {_looks_like(model)}To add it, write one entry in "
+            "slm_pl/compression/architecture.py."
         )
     return ARCHITECTURES[model_type]
+
+
+def _looks_like(model: nn.Module) -> str:
+    """What the entry of an unknown model would probably say: its longest list of modules and the matrices in one."""
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return ""
+    path, layers = max(lists, key=lambda found: len(found[1]))
+    matrices = [name for name, p in layers[0].named_parameters() if p.ndim > 1]
+    return (
+        f"Its decoder layers seem to be {path!r} ({len(layers)} x {type(layers[0]).__name__}) with the weight matrices "
+        f"{', '.join(matrices) or '(none)'}. "
+    )
 
 
 def num_layers(model: "PreTrainedModel") -> int:
@@ -94,7 +143,19 @@ def set_decoder_layers(model: "PreTrainedModel", layers: list[nn.Module], origin
         entries = getattr(config, field, None)
         if entries is not None:
             setattr(config, field, [entries[origin] for origin in origins])
-    setattr(config, architecture.num_layers, len(layers))
+    if architecture.experts:
+        _set_layers_without_experts(config, origins)
+    config.num_hidden_layers = len(layers)  # configs with another name for it, such as n_layer, map this one
+
+
+def _set_layers_without_experts(config: "PreTrainedConfig", origins: list[int]) -> None:
+    """Says by index which layers have an ordinary MLP; a rule like "every second layer" no longer holds."""
+    step = getattr(config, "decoder_sparse_step", None)
+    if step is None:
+        return
+    without = [origin in config.mlp_only_layers or (origin + 1) % step != 0 for origin in origins]
+    config.mlp_only_layers = [index for index, dense in enumerate(without) if dense]
+    config.decoder_sparse_step = 1
 
 
 def backbone(model: "PreTrainedModel") -> nn.Module:
@@ -102,16 +163,21 @@ def backbone(model: "PreTrainedModel") -> nn.Module:
     return model.base_model
 
 
-def final_norm(model: "PreTrainedModel") -> nn.Module:
-    """The norm between the last decoder layer and the language-model head."""
-    return backbone(model).norm  # type: ignore[return-value]
+def final_hidden_state(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
+    """What :func:`backbone` makes of the output of the last decoder layer: the final norm, and a projection if any."""
+    for path in architecture_of(model).final:
+        parent, _, name = path.rpartition(".")
+        module = getattr(model.get_submodule(parent), name)
+        if module is not None:
+            hidden = module(hidden)
+    return hidden
 
 
-def projection_names(architecture: Architecture) -> list[str]:
-    """Names of the projection weights in the ``named_parameters()`` of a decoder layer."""
-    return [f"{path}.weight" for path in architecture.projections]
+def projection_names(architecture: Architecture) -> set[str]:
+    """Names in the ``named_parameters()`` of a decoder layer: weights of the projections, experts and routers."""
+    return {f"{path}.weight" for path in architecture.projections} | set(architecture.experts)
 
 
 def lora_targets(model: "PreTrainedModel") -> list[str]:
-    """Module names that LoRA adapts by default: all projections (the last part of each path)."""
+    """Module names that LoRA adapts by default: all projections (the last part of each path), but no experts."""
     return sorted({path.rpartition(".")[2] for path in architecture_of(model).projections})

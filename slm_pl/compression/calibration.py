@@ -6,7 +6,7 @@ ever computed again, and no model is copied.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from slm_pl.compression.architecture import backbone, decoder_layers, final_norm
+from slm_pl.compression.architecture import backbone, decoder_layers, final_hidden_state
+from slm_pl.compression.scores import Similarity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,25 +42,32 @@ class Capture:
 class LayerReplay:
     """Runs changed decoder layers on the captured hidden states of the dense model.
 
-    Memory above the weights: the captured inputs, ``layers × samples × tokens × hidden`` elements, and the activations
-    of one layer.
+    Memory above the weights: the captured inputs, ``layers × samples × tokens × hidden`` elements, the hidden states of
+    the candidate, one layer deep, and the activations of one layer on one batch.
 
     Args:
         model: A Hugging Face causal language model of a known architecture; it is only read.
-        batches: Token ids, each ``[batch, tokens]``.
+        batches: Token ids, each ``[batch, tokens]``; under several processes, this rank's share.
 
     Attributes:
         layer_forwards: Decoder-layer forwards of every batch so far; the dense pass is included. It does not depend on
             how many batches this rank holds.
+
+    Raises:
+        FloatingPointError: If a hidden state of the dense model is not finite.
     """
 
     @torch.inference_mode()
     def __init__(self, model: "PreTrainedModel", batches: Iterable[Tensor]) -> None:
+        self.model = model
         self.layers: list[nn.Module] = list(decoder_layers(model))
-        self.norm = final_norm(model)
         self.layer_forwards = len(self.layers)
         device = next(model.parameters()).device
         self.captures = [self._capture(model, batch.to(device)) for batch in batches]
+        states = [[*(_finite(hidden) for hidden in c.inputs), _finite(c.final)] for c in self.captures]
+        stages = ["the embeddings", *(f"layer {index}" for index in range(len(self.layers)))]
+        stages[-1] += " or the final norm"
+        mean_over_ranks([], _first_fault(states, stages, "of the dense model"))
 
     def _capture(self, model: "PreTrainedModel", ids: Tensor) -> Capture:
         inputs: list[Tensor] = []
@@ -82,51 +90,104 @@ class LayerReplay:
         return Capture(inputs, arguments, final)
 
     @torch.inference_mode()
-    def score(
-        self, candidate: Sequence[tuple[int, Layer]], low: int, similarity: Callable[[Tensor, Tensor], Tensor]
-    ) -> float:
+    def score(self, candidate: Iterable[tuple[int, Layer]], low: int, similarity: Similarity) -> float:
         """Compares a candidate with the dense model.
+
+        Each layer is run on every batch before the next one is asked for, so that a candidate which makes its layers as
+        they are iterated over holds one of them at a time.
 
         Args:
             candidate: The layers from ``low`` to the end, each with the index of the dense layer whose keyword
                 arguments it is called with.
             low: The dense layer at whose input the candidate starts.
-            similarity: From the final hidden states of the dense model and the candidate, each
-                ``[batch, tokens, hidden]``, to one number for each sample, ``[batch]``.
+            similarity: Compares the final hidden states of the dense model and the candidate.
 
         Returns:
-            The mean over the samples of all ranks.
+            The similarity over the samples of all ranks.
 
         Raises:
-            FloatingPointError: If a similarity is not finite.
+            FloatingPointError: If a hidden state of the candidate is not finite.
         """
-        values: list[float] = []
-        for capture in self.captures:
-            hidden = capture.inputs[low]
-            for origin, layer in candidate:
-                output = layer(hidden, **capture.arguments[origin])
-                hidden = output[0] if isinstance(output, tuple) else output
-            values += similarity(capture.final, self.norm(hidden)).tolist()
-        self.layer_forwards += len(candidate)
-        return mean_over_ranks(values)
+        hidden = [capture.inputs[low] for capture in self.captures]
+        states: list[list[Tensor]] = [[] for _ in self.captures]
+        origins: list[int] = []
+        for origin, layer in candidate:
+            origins.append(origin)
+            for number, capture in enumerate(self.captures):
+                output = layer(hidden[number], **capture.arguments[origin])
+                hidden[number] = output[0] if isinstance(output, tuple) else output
+                states[number].append(_finite(hidden[number]))
+        self.layer_forwards += len(origins)
+        values: list[list[float]] = []
+        for number, capture in enumerate(self.captures):
+            final = final_hidden_state(self.model, hidden[number])
+            states[number].append(_finite(final))
+            values += similarity.statistics(capture.final, final).tolist()
+        stages = [f"layer {origin}" for origin in origins]
+        stages[0] += ", where the merged window stands,"
+        stages.append("the final norm")
+        return similarity.combine(mean_over_ranks(values, _first_fault(states, stages, "of the candidate")))
 
 
-def mean_over_ranks(values: list[float]) -> float:
-    """The mean of numbers that are spread over the ranks; all ranks get the same, whatever the spread.
+def _finite(hidden: Tensor) -> Tensor:
+    """Whether each sample is finite, ``[batch]``; left on the device, so that nothing waits for it."""
+    return torch.isfinite(hidden).flatten(1).all(1)
+
+
+Fault = tuple[int, str]
+"""A sample's number in the whole calibration set, and what is wrong with it."""
+
+
+def _first_fault(states: list[list[Tensor]], stages: list[str], whose: str) -> Fault | None:
+    """Finds the first sample of this rank that is not finite, and where it became so.
+
+    Args:
+        states: By batch, then by stage: whether each sample is finite after it.
+        stages: Names of the stages, in order.
+        whose: Which model.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    sample = 0
+    for batch in states:
+        finite = torch.stack(batch).tolist()  # [stage][sample]
+        for column in zip(*finite, strict=True):
+            if not all(column):
+                stage = stages[column.index(False)]
+                # Ranks take samples in turn, see CalibrationSet.shard.
+                return rank + world_size * sample, f"{stage} {whose} gives"
+            sample += 1
+    return None
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def mean_over_ranks(values: list[list[float]], fault: Fault | None = None) -> list[float]:
+    """The mean of each column of rows that are spread over the ranks; all ranks get the same, whatever the spread.
 
     ``math.fsum`` rounds once, so that the order in which ranks hold the samples does not matter.
 
+    Args:
+        values: This rank's rows, one for each sample.
+        fault: What this rank found wrong.
+
     Raises:
-        FloatingPointError: If a number is not finite.
+        FloatingPointError: On all ranks, if one of them has a fault or a number is not finite.
     """
-    everything = [values]
-    if dist.is_available() and dist.is_initialized():
-        everything = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everything, values)
-    flat = [value for part in everything for value in part]
-    if not all(map(math.isfinite, flat)):
-        raise FloatingPointError(
-            "The hidden states of the calibration text are not finite, so no window can be compared. "
-            "Load the model in another precision: --model.dtype bfloat16 or float32."
-        )
-    return math.fsum(flat) / len(flat)
+    everything = [(values, fault)]
+    if _distributed():
+        everything = [([], None)] * dist.get_world_size()
+        dist.all_gather_object(everything, (values, fault))
+    rows = [row for part, _ in everything for row in part]
+    faults = [found for _, found in everything if found is not None]
+    if not faults and all(math.isfinite(value) for row in rows for value in row):
+        return [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
+    where = "Some"
+    if faults:
+        sample, what = min(faults)
+        where = f"On calibration sample {sample}, {what}"
+    raise FloatingPointError(
+        f"{where} hidden states that are not finite, so nothing can be compared. float16 overflows above 65,504, "
+        "which single channels of Llama-2-like models reach: load the model with --model.dtype bfloat16 or float32."
+    )

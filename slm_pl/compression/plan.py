@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 PLAN_FILE = "plan.json"
 
-Consolidation = Literal["keep_top"]
-"""How the projections of a window become those of one layer."""
-OtherParameters = Literal["top", "bottom"]
+Consolidation = Literal["keep_top", "keep_bottom", "sum", "mean"]
+"""How the projections of a window become those of one layer; the formulas are in :mod:`slm_pl.compression.surgery`."""
+OtherParameters = Literal["top", "bottom", "mean"]
 """Whose norms and biases the merged layer takes."""
 
 JSONValue = str | int | float | bool | None | list["JSONValue"] | dict[str, "JSONValue"]
@@ -41,6 +41,11 @@ class MergeLayers:
     consolidation: Consolidation = "keep_top"
     other_parameters: OtherParameters = "top"
     kind: Literal["merge_layers"] = "merge_layers"
+
+    @property
+    def host(self) -> int:
+        """The layer whose module stays, and with it its kind of attention: the top, or what ``keep_bottom`` keeps."""
+        return self.low if self.consolidation == "keep_bottom" else self.high
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,68 @@
 """Pure score functions: tensors in, numbers out."""
 
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
 import torch
 from torch import Tensor
+
+from slm_pl.errors import UsageError
+
+Kernel = Literal["linear", "rbf"]
+"""Of centered kernel alignment: inner products, or a Gaussian of the distance."""
+
+
+class Similarity(Protocol):
+    """How alike the final hidden states of two models are.
+
+    A similarity is formed from statistics of single samples, averaged over all samples, so that neither the batch size
+    nor the way samples are spread over processes matters.
+    """
+
+    def statistics(self, reference: Tensor, candidate: Tensor) -> Tensor:
+        """From hidden states, each ``[batch, tokens, hidden]``, to numbers for each sample, ``[batch, n]``, float64."""
+
+    def combine(self, means: list[float]) -> float:
+        """From the means over the samples of these n numbers to the similarity, in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class FlattenedCosine:
+    """The mean over the samples of :func:`flattened_cosine`."""
+
+    def statistics(self, reference: Tensor, candidate: Tensor) -> Tensor:
+        """One cosine for each sample."""
+        return flattened_cosine(reference, candidate)[:, None]
+
+    def combine(self, means: list[float]) -> float:
+        """Their mean."""
+        return means[0]
+
+
+@dataclass(frozen=True)
+class CKA:
+    """Centered kernel alignment of the tokens' hidden states, with the minibatch estimator.
+
+    The unbiased HSIC of each sample is averaged over the samples, then one ratio is formed (Nguyen et al. 2021,
+    arXiv 2010.15327, equations 2 and 3; a minibatch is the tokens of one sample)::
+
+        CKA = mean HSIC(K, L) / sqrt(mean HSIC(K, K) · mean HSIC(L, L))
+
+    Attributes:
+        kernel: See :func:`centered_gram`.
+    """
+
+    kernel: Kernel = "linear"
+
+    def statistics(self, reference: Tensor, candidate: Tensor) -> Tensor:
+        """HSIC(K, L), HSIC(K, K) and HSIC(L, L) of each sample."""
+        k, l = centered_gram(reference, self.kernel), centered_gram(candidate, self.kernel)  # noqa: E741
+        return torch.stack([(a * b).sum((1, 2)) for a, b in ((k, l), (k, k), (l, l))], dim=1)
+
+    def combine(self, means: list[float]) -> float:
+        """The ratio; 0 if the tokens of one side do not differ at all, so that there is nothing to align."""
+        return aligned(*means)
 
 
 def flattened_cosine(reference: Tensor, candidate: Tensor) -> Tensor:
@@ -22,3 +83,53 @@ def flattened_cosine(reference: Tensor, candidate: Tensor) -> Tensor:
     b = candidate.flatten(1).double()
     # Rounding may give 1 + 2e-16, which no threshold could be compared with.
     return torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)
+
+
+def centered_gram(hidden: Tensor, kernel: Kernel) -> Tensor:
+    """Kernel matrix of the tokens of each sample, centered so that inner products are the unbiased HSIC.
+
+    With K the n × n kernel matrix with a zero diagonal, k its row sums and s their sum, the entries off the diagonal
+    are ``K_ij − (k_i + k_j)/(n − 2) + s/((n − 1)(n − 2))`` (U-centering, Székely and Rizzo 2014, definition 2), here
+    over ``sqrt(n(n − 3))``. The sum of the products of two such matrices is HSIC₁, the unbiased estimator of the
+    Hilbert-Schmidt independence criterion (Song et al. 2012, equation 5). It is an inner product, so that
+    HSIC₁(K, K) is never negative and the alignment lies in [-1, 1].
+
+    Args:
+        hidden: ``[batch, tokens, hidden]``, at least four tokens.
+        kernel: ``linear``: inner products. ``rbf``: exp(−d²/(2σ²)) with σ the median distance between two tokens of the
+            sample (Kornblith et al. 2019, arXiv 1905.00414, with their bandwidth fraction 1).
+
+    Returns:
+        ``[batch, tokens, tokens]``, float64, zero on the diagonal.
+
+    Raises:
+        UsageError: If there are fewer than four tokens: the estimator divides by n − 3.
+    """
+    n = hidden.shape[1]
+    if n < 4:
+        raise UsageError(
+            f"CKA got samples of {n} tokens; its unbiased estimator needs at least 4. Raise the sequence_length."
+        )
+    # Differences between tokens are small beside what they have in common; it cancels in both kernels.
+    states = hidden.double()
+    states = states - states.mean(1, keepdim=True)
+    gram = states @ states.transpose(1, 2)
+    if kernel == "rbf":
+        norms = gram.diagonal(dim1=1, dim2=2)
+        squared = (norms[:, :, None] + norms[:, None, :] - 2 * gram).clamp_min(0)
+        rows, columns = torch.triu_indices(n, n, offset=1, device=hidden.device)
+        median = squared[:, rows, columns].median(dim=1).values
+        gram = torch.exp(-squared / (2 * median).clamp_min(torch.finfo(torch.float64).tiny)[:, None, None])
+    diagonal = torch.eye(n, dtype=torch.bool, device=hidden.device)
+    gram = gram.masked_fill(diagonal, 0)
+    rows_sum = gram.sum(2)
+    total = rows_sum.sum(1)[:, None, None] / ((n - 1) * (n - 2))
+    centered = gram - (rows_sum[:, :, None] + rows_sum[:, None, :]) / (n - 2) + total
+    return centered.masked_fill(diagonal, 0) / math.sqrt(n * (n - 3))
+
+
+def aligned(cross: float, first: float, second: float) -> float:
+    """``cross / sqrt(first · second)``, within [-1, 1]; 0 where one of the two is 0."""
+    if first <= 0 or second <= 0:
+        return 0.0
+    return max(-1.0, min(1.0, cross / (math.sqrt(first) * math.sqrt(second))))

@@ -1,7 +1,20 @@
-"""The only file that changes weights or layers: ``apply(model, plan)``."""
+"""The only file that changes weights or layers: ``apply(model, plan)``.
+
+What the projections of a window of decoder layers ``low..high``, with parameters θ_low … θ_high, become in the merged
+layer (Sliding-Window Merging, arXiv 2502.19159):
+
+* ``keep_top``: θ_high. The authors' program computes this: it writes θ ← θ + (θ_k − θ)·f from low to high with f = 1,
+  so that each step overwrites the one before.
+* ``keep_bottom``: θ_low. The same with f = 0, their ablation "delete".
+* ``sum``: θ_low + Σ_{k=low+1..high} (θ_k − θ_low). The paper's figure, and LaCo (arXiv 2402.11187).
+* ``mean``: Σ_{k=low..high} θ_k / (high − low + 1). Their ablation "average", which forgets to divide.
+
+The other parameters (norms, biases, q_norm, k_norm) are those of the ``top`` or the ``bottom`` layer (the authors'
+program), or their ``mean``.
+"""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +34,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Rule = Literal["top", "bottom", "sum", "mean"]
+_PROJECTION_RULES: dict[Consolidation, Rule] = {
+    "keep_top": "top",
+    "keep_bottom": "bottom",
+    "sum": "sum",
+    "mean": "mean",
+}
+
+
 @dataclass(frozen=True)
 class MergedLayer:
     """One layer that stands for a window, described without touching or copying the layers it comes from.
 
     Attributes:
         host: The layer whose module is used.
-        parameters: Parameters of ``host`` to be replaced, by name; tensors of the other layers, not copies.
+        parameters: Parameters of ``host`` to be replaced, by name, in its precision.
     """
 
     host: nn.Module
@@ -48,38 +70,111 @@ class MergedLayer:
         return self.host
 
 
+class GrowingWindow:
+    """The merged layer of a window that grows downward, one layer at a time.
+
+    What is kept from a layer is referred to, not copied. Sums and means are the only memory: one layer in float32
+    (float64 for a float64 model), updated in place. With n layers in the window so far and the next layer below it::
+
+        sum   M ← M + (n − 1)(θ_bottom − θ_below)
+        mean  M ← M + (θ_below − M) / (n + 1)
+
+    Args:
+        top: The window's top layer; the window begins with it alone.
+        consolidation: How the projections are formed; the formulas stand at the top of this module.
+        other_parameters: The same for all other parameters.
+        architecture: Says which parameters are projections.
+    """
+
+    def __init__(
+        self,
+        top: nn.Module,
+        consolidation: Consolidation,
+        other_parameters: OtherParameters,
+        architecture: Architecture,
+    ) -> None:
+        self._top = self._bottom = top
+        self._size = 1
+        self._keeps_bottom = consolidation == "keep_bottom"
+        self._projections = projection_names(architecture)
+        self._projection_rule = _PROJECTION_RULES[consolidation]
+        self._other_rule: Rule = other_parameters
+        self._merged: dict[str, Tensor] = {}
+
+    def _rule(self, name: str) -> Rule:
+        return self._projection_rule if name in self._projections else self._other_rule
+
+    @torch.no_grad()
+    def grow(self, below: nn.Module) -> None:
+        """Takes the next layer below into the window."""
+        if self._size == 1:
+            for name, p in self._top.named_parameters():
+                if self._rule(name) in ("sum", "mean"):
+                    wide = torch.promote_types(p.dtype, torch.float32)
+                    self._merged[name] = p.detach().to(wide, copy=True)
+        old, new = dict(self._bottom.named_parameters()), dict(below.named_parameters())
+        for name, merged in self._merged.items():
+            value = new[name].to(merged.dtype)
+            if self._rule(name) == "mean":
+                merged.lerp_(value, 1 / (self._size + 1))
+            elif self._size > 1:  # the sum over a pair is its top layer
+                merged.add_(old[name].to(merged.dtype) - value, alpha=self._size - 1)
+        self._bottom = below
+        self._size += 1
+
+    def layer(self) -> MergedLayer:
+        """The merged layer of the window so far; it holds until the window grows again."""
+        host = self._bottom if self._keeps_bottom else self._top
+        sources = {"top": dict(self._top.named_parameters()), "bottom": dict(self._bottom.named_parameters())}
+        parameters: dict[str, Tensor] = {}
+        if self._size > 1:
+            for name, own in host.named_parameters():
+                rule = self._rule(name)
+                value = sources[rule][name] if rule in sources else self._merged[name].to(own.dtype)
+                if value is not own:
+                    parameters[name] = value
+        return MergedLayer(host, parameters)
+
+
 def merge(
     window: list[nn.Module],
     consolidation: Consolidation,
     other_parameters: OtherParameters,
     architecture: Architecture,
 ) -> MergedLayer:
-    """Describes the layer that a window of consecutive decoder layers becomes. The search scores what this returns.
-
-    ``keep_top`` takes the projections (q, k, v, o, gate, up, down) of the window's top layer. This is what the authors'
-    program computes: it writes θ ← θ + (θ_k − θ)·f from the bottom to the top of the window with f = 1, so that each
-    step overwrites the one before (Sliding-Window Merging, arXiv 2502.19159, and its ``SLM.py``).
+    """Describes the layer that a window of decoder layers becomes. The search scores what this returns.
 
     Args:
         window: The layers from the lowest to the highest.
-        consolidation: How the projections are formed.
-        other_parameters: Whose norms and biases are taken: ``top``, or ``bottom`` as in the authors' program.
+        consolidation: How the projections are formed; the formulas stand at the top of this module.
+        other_parameters: The same for norms and biases.
         architecture: Says which parameters are projections.
     """
-    assert consolidation == "keep_top"
-    top, bottom = window[-1], window[0]
-    if other_parameters == "top" or len(window) == 1:
-        return MergedLayer(top, {})
-    projections = set(projection_names(architecture))
-    return MergedLayer(top, {name: p for name, p in bottom.named_parameters() if name not in projections})
+    growing = GrowingWindow(window[-1], consolidation, other_parameters, architecture)
+    for layer in reversed(window[:-1]):
+        growing.grow(layer)
+    return growing.layer()
+
+
+def check_consolidation(model: "PreTrainedModel", consolidation: Consolidation) -> None:
+    """Refuses sums and means of experts, which do not correspond from layer to layer.
+
+    Raises:
+        UsageError: If the model has experts and ``consolidation`` is not a keep mode.
+    """
+    if architecture_of(model).experts and consolidation in ("sum", "mean"):
+        raise UsageError(
+            f"consolidation is {consolidation!r}, but a {model.config.model_type} model has experts, and those of one "
+            "layer do not correspond to those of another. Use keep_top or keep_bottom."
+        )
 
 
 def check(model: "PreTrainedModel", plan: Plan) -> None:
     """Refuses a plan that was not computed on this model, or whose steps do not fit it.
 
     Raises:
-        UsageError: If model type, layer count or parameter count differ, if an index is out of range, if steps overlap
-            or if no layer would be left.
+        UsageError: If model type, layer count or parameter count differ, if an index is out of range, if steps overlap,
+            if no layer would be left, or if experts would be averaged.
     """
     actual = Base.of(model)
     for name in ("model_type", "num_layers", "num_parameters"):
@@ -98,6 +193,8 @@ def check(model: "PreTrainedModel", plan: Plan) -> None:
             raise UsageError(
                 f"The plan touches layers {touched}; this model has 0..{actual.num_layers - 1}. Correct the plan."
             )
+        if isinstance(step, MergeLayers):
+            check_consolidation(model, step.consolidation)
         gone += touched
     if len(gone) != len(set(gone)):
         raise UsageError("The plan touches a layer twice. Let its steps name each layer once.")
@@ -124,7 +221,7 @@ def apply(model: "PreTrainedModel", plan: Plan) -> None:
             merged = merge(window, step.consolidation, step.other_parameters, architecture).materialise()
             for layer in range(step.low, step.high + 1):
                 del kept[layer]
-            kept[step.high] = merged  # the host of a merged layer is the window's top
+            kept[step.host] = merged
         else:
             for layer in step.layers:
                 del kept[layer]

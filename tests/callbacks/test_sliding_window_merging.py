@@ -8,9 +8,9 @@ import torch
 import torch.multiprocessing
 
 from callbacks import SlidingWindowMerging
-from callbacks.sliding_window_merging import cut_windows, search_threshold, search_windows
 from slm_pl.compression import surgery
 from slm_pl.compression.plan import MergeLayers
+from slm_pl.compression.windows import cut_windows, search_threshold, search_windows
 from slm_pl.data import CalibrationText
 from slm_pl.data.corpora import CalibrationSet
 from slm_pl.errors import UsageError

@@ -5,7 +5,7 @@ from slm_pl.compression import surgery
 from slm_pl.compression.architecture import ARCHITECTURES, architecture_of
 from slm_pl.compression.calibration import LayerReplay, mean_over_ranks
 from slm_pl.compression.plan import Base, MergeLayers, Method, Plan
-from slm_pl.compression.scores import flattened_cosine
+from slm_pl.compression.scores import FlattenedCosine, flattened_cosine
 from tests.helpers.pico import pico_model
 
 BATCHES = [torch.randint(3, 512, (2, 20), generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3)]
@@ -26,7 +26,7 @@ def test_replay_scores_what_a_full_forward_of_the_really_merged_model_gives(mode
         dense = [model(input_ids=ids, output_hidden_states=True).hidden_states[-1] for ids in BATCHES]
     merged = surgery.merge(replay.layers[low : high + 1], "keep_top", other_parameters, architecture_of(model))
     candidate = [(high, merged), *((i, replay.layers[i]) for i in range(high + 1, 6))]
-    score = replay.score(candidate, low, flattened_cosine)
+    score = replay.score(candidate, low, FlattenedCosine())
 
     plan = Plan(Base.of(model), Method("t", {}), None, (MergeLayers(low, high, "keep_top", other_parameters),))
     surgery.apply(model, plan)
@@ -43,11 +43,11 @@ def test_replay_changes_nothing_and_leaves_no_hooks():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     replay = LayerReplay(model, BATCHES)
     merged = surgery.merge(replay.layers[1:4], "keep_top", "bottom", architecture_of(model))
-    replay.score([(3, merged), (4, replay.layers[4]), (5, replay.layers[5])], 1, flattened_cosine)
+    replay.score([(3, merged), (4, replay.layers[4]), (5, replay.layers[5])], 1, FlattenedCosine())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     # The whole model from layer 0 is the dense model: similarity 1.
-    assert replay.score(list(enumerate(replay.layers)), 0, flattened_cosine) == pytest.approx(1, abs=1e-12)
+    assert replay.score(list(enumerate(replay.layers)), 0, FlattenedCosine()) == pytest.approx(1, abs=1e-12)
 
 
 def test_score_is_per_sample_whatever_the_batching():
@@ -57,7 +57,7 @@ def test_score_is_per_sample_whatever_the_batching():
     for size in (1, 3, 6):
         replay = LayerReplay(model, ids.split(size))
         merged = surgery.merge(replay.layers[2:5], "keep_top", "top", architecture_of(model))
-        scores.append(replay.score([(4, merged), (5, replay.layers[5])], 2, flattened_cosine))
+        scores.append(replay.score([(4, merged), (5, replay.layers[5])], 2, FlattenedCosine()))
     assert scores == pytest.approx([scores[0]] * 3, abs=1e-6)
 
 
@@ -67,7 +67,41 @@ def test_cosine_never_exceeds_one():
     assert -1 <= flattened_cosine(x, -x).item() < -1 + 1e-12
 
 
-def test_non_finite_similarity_stops_with_the_way_out():
-    with pytest.raises(FloatingPointError, match=r"--model\.dtype bfloat16"):
-        mean_over_ranks([0.5, float("nan")])
-    assert mean_over_ranks([0.1] * 10) == 0.1  # fsum: no accumulated rounding
+def test_mean_over_ranks_is_of_each_column_and_rounds_once():
+    assert mean_over_ranks([[0.1, 1.0]] * 10) == [0.1, 1.0]  # fsum: no accumulated rounding
+    with pytest.raises(FloatingPointError, match=r"--model\.dtype bfloat16 or float32"):
+        mean_over_ranks([[0.5], [float("nan")]])
+
+
+@pytest.mark.parametrize("size", [1, 3, 6])
+@pytest.mark.parametrize(("layer", "name"), [(-1, "the embeddings"), (2, "layer 2"), (5, "layer 5 or the final norm")])
+def test_dense_states_that_are_not_finite_name_layer_and_sample(size, layer, name):
+    model = pico_model()
+    ids = torch.cat(BATCHES)
+    ids[4, 7] = 511  # a token that no other sample has
+    assert (ids[:4] != 511).all()
+    with torch.no_grad():
+        if layer < 0:
+            model.model.embed_tokens.weight[511] = float("inf")
+        else:
+            # Channel 0 is the largest by far for token 511 alone, and this layer multiplies it beyond float32.
+            model.model.embed_tokens.weight[:, 0] = 0
+            model.model.embed_tokens.weight[511, 0] = 1e30
+            model.model.layers[layer].register_forward_hook(lambda module, args, output: output * 1e15)
+    with pytest.raises(FloatingPointError, match=rf"^On calibration sample 4, {name} of the dense model gives hidden"):
+        LayerReplay(model, ids.split(size))
+
+
+def test_candidate_that_overflows_names_layer_and_sample():
+    """Activations near the end of half precision, as in Llama-2 in float16: real overflow, no planted value."""
+    model = pico_model()
+    with torch.inference_mode():
+        largest = max(model.model(ids, output_hidden_states=True).hidden_states[3].abs().max() for ids in BATCHES)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight *= 30_000 / largest
+    model = model.half()
+    replay = LayerReplay(model, BATCHES)  # the dense model stays below 65,504
+    layers = replay.layers
+    candidate = [(2, layers[2]), *[(3, layers[2])] * 60, (4, layers[4]), (5, layers[5])]
+    with pytest.raises(FloatingPointError, match=r"^On calibration sample \d, layer 3 of the candidate gives .*65,504"):
+        replay.score(candidate, 2, FlattenedCosine())
