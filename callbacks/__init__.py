@@ -4,6 +4,7 @@ from callbacks.base import CompressionCallback
 from callbacks.efficiency import Efficiency
 from callbacks.export import ExportCheckpoint
 from callbacks.perplexity import Perplexity
+from callbacks.representation import RepresentationSimilarity
 from callbacks.sliding_window_merging import SlidingWindowMerging
 from callbacks.zero_shot import ZeroShot
 
@@ -12,6 +13,7 @@ __all__ = [
     "Efficiency",
     "ExportCheckpoint",
     "Perplexity",
+    "RepresentationSimilarity",
     "SlidingWindowMerging",
     "ZeroShot",
 ]

@@ -1,8 +1,9 @@
 """The lifecycle that all compression methods share."""
 
+import contextlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -11,12 +12,14 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from slm_pl import files
 from slm_pl.compression import surgery
 from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.plan import PLAN_FILE, Base, Calibration, JSONValue, Method, Plan, Step, count_parameters
 from slm_pl.data import AlpacaDataModule, CalibrationSet
 from slm_pl.errors import UsageError
 from slm_pl.module import CausalLM
+from slm_pl.pictures import search_trace, trace_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +57,33 @@ class EarlyCheck(pl.Callback, ABC):
     @abstractmethod
     def check(self, trainer: pl.Trainer) -> None:
         """Raises a :class:`~slm_pl.errors.UsageError` if this callback's work cannot be done."""
+
+
+class PlanObserver(pl.Callback, ABC):
+    """A callback that looks at the model between the plan and the surgery, wherever it stands in the list."""
+
+    @abstractmethod
+    def on_plan(self, trainer: pl.Trainer, pl_module: CausalLM, plan: Plan) -> None:
+        """Called on every rank with the weights still those that the plan was computed on.
+
+        The model is on the device that the run computes on, in eval mode, without gradients.
+        """
+
+
+@contextlib.contextmanager
+def on_its_device(trainer: pl.Trainer, pl_module: CausalLM) -> "Iterator[PreTrainedModel]":
+    """Lends the model to the device that the run computes on, in eval mode, without gradients.
+
+    While callbacks are set up, Lightning has not moved it there yet.
+    """
+    model = pl_module.load_model()
+    device, training = pl_module.device, model.training
+    nn.Module.to(model, trainer.strategy.root_device).eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        nn.Module.to(model, device).train(training)
 
 
 class CompressionCallback(pl.Callback, ABC):
@@ -104,11 +134,16 @@ class CompressionCallback(pl.Callback, ABC):
             if isinstance(callback, EarlyCheck):
                 callback.check(trainer)
         model = pl_module.load_model()
-        plan = self._find_plan(trainer, pl_module, model)
+        plan = self._find_plan(trainer, pl_module)
         # Refuse a plan that does not fit before it is written as this run's.
         surgery.check(model, plan)
         run_plan = self._run_plan(trainer, pl_module)
-        on_first_rank(trainer, lambda: plan.save(run_plan))
+        picture = run_plan.with_name(trace_name(len(pl_module.plans) + 1))
+        on_first_rank(trainer, lambda: _save(plan, run_plan, picture))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PlanObserver):
+                with on_its_device(trainer, pl_module):
+                    callback.on_plan(trainer, pl_module, plan)
         before = plan.base
         surgery.apply(model, plan)
         pl_module.plans.append(plan)
@@ -156,7 +191,7 @@ class CompressionCallback(pl.Callback, ABC):
     def _load(self, trainer: pl.Trainer, path: Path) -> Plan:
         return on_first_rank(trainer, lambda: Plan.load(path))
 
-    def _find_plan(self, trainer: pl.Trainer, pl_module: CausalLM, model: "PreTrainedModel") -> Plan:
+    def _find_plan(self, trainer: pl.Trainer, pl_module: CausalLM) -> Plan:
         if self.plan_path is not None:
             return self._load(trainer, Path(self.plan_path))
         run_plan = self._run_plan(trainer, pl_module)
@@ -172,10 +207,14 @@ class CompressionCallback(pl.Callback, ABC):
         calibration = datamodule.calibration_batches()
         if trainer.world_size > 1:
             calibration = calibration.shard(trainer.global_rank, trainer.world_size)
-        device, training = pl_module.device, model.training
-        nn.Module.to(model, trainer.strategy.root_device).eval()
-        try:
-            with torch.no_grad():
-                return self.plan(model, calibration)
-        finally:
-            nn.Module.to(model, device).train(training)
+        with on_its_device(trainer, pl_module) as model:
+            return self.plan(model, calibration)
+
+
+def _save(plan: Plan, path: Path, picture: Path) -> None:
+    plan.save(path)
+    drawn = search_trace(plan)
+    if drawn is not None:
+        files.write_bytes(picture, drawn)
+    else:
+        picture.unlink(missing_ok=True)  # of an earlier run's plan

@@ -102,8 +102,11 @@ class ExportCheckpoint(EarlyCheck):
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, directory: str, recovered: bool) -> None:
         assert isinstance(pl_module, CausalLM)
         model = pl_module.merge_adapters() if recovered else pl_module.load_model()
-        tokenizer, plans, overwrite = pl_module.tokenizer, pl_module.plans, may_overwrite(trainer)
-        on_first_rank(trainer, lambda: save_compressed(model, tokenizer, directory, plans, recovered, overwrite))
+        tokenizer, plans, figures = pl_module.tokenizer, pl_module.plans, pl_module.figures
+        overwrite = may_overwrite(trainer)
+        on_first_rank(
+            trainer, lambda: save_compressed(model, tokenizer, directory, plans, recovered, overwrite, figures)
+        )
         rank_zero_info(f"Exported to {directory}. Load it with:\n{LOAD_EXAMPLE.format(path=directory)}")
 
 

@@ -1,6 +1,7 @@
 """Ordinary Hugging Face checkpoints of compressed models."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.plan import MergeLayers, Plan, Step, count_parameters, load_plans, save_plans
 from slm_pl.console import LOAD_EXAMPLE
 from slm_pl.loading import load_model, load_tokenizer, resolve
+from slm_pl.pictures import search_trace, trace_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +23,7 @@ def save_compressed(
     plans: list[Plan],
     recovered: bool,
     overwrite: bool = False,
+    figures: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Writes a checkpoint that stock transformers loads; the directory is whole or absent.
 
@@ -31,6 +34,7 @@ def save_compressed(
         plans: What was done to it, in order; kept beside the weights.
         recovered: Whether it was trained after compression; the model card says so.
         overwrite: Replace a directory that is not empty.
+        figures: More files that say what was done, by name; the model card shows those that are ``.png``.
 
     Returns:
         The directory.
@@ -42,7 +46,12 @@ def save_compressed(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         save_plans(plans, temporary)
-        (temporary / "README.md").write_text(_model_card(model, plans, recovered), encoding="utf-8")
+        drawn = {trace_name(number): search_trace(plan) for number, plan in enumerate(plans, start=1)}
+        shown = {name: content for name, content in {**drawn, **(figures or {})}.items() if content is not None}
+        for name, content in shown.items():
+            (temporary / name).write_bytes(content)
+        pictures = [name for name in shown if name.endswith(".png")]
+        (temporary / "README.md").write_text(_model_card(model, plans, recovered, pictures), encoding="utf-8")
     return Path(directory)
 
 
@@ -72,7 +81,7 @@ def _describe(step: Step) -> str:
     return f"remove layers {', '.join(map(str, step.layers))}"
 
 
-def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool) -> str:
+def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool, pictures: list[str]) -> str:
     parameters = count_parameters(model)
     lines = ["---", "library_name: transformers", "tags: [pruned, slm_pl]"]
     lines += ["---", "", "# A compressed causal language model", ""]
@@ -96,6 +105,9 @@ def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool) ->
         lines += [f"`{plan.sha256}`" for plan in plans]
     else:
         lines += [f"`{_public(model.config._name_or_path)}`, {parameters:,} parameters; no plan was applied."]
+    for picture in pictures:
+        what = "Every try of the search" if picture.startswith("search_trace") else "Similarity of the dense layers"
+        lines += ["", f"![{what}]({picture})"]
     lines += ["", "```python", LOAD_EXAMPLE.format(path="."), "```", ""]
     lines += [
         "The licence of the base model applies to this checkpoint; so does that of the data it was trained on.",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from slm_pl.comparison import Cell, Comparison, Quantity, Row, line_up
 from slm_pl.console import LOAD_EXAMPLE
 from slm_pl.files import write_bytes, write_text
+from slm_pl.pictures import COLOURS
 from slm_pl.results import SCHEMA_VERSION, Results
 
 if TYPE_CHECKING:
@@ -172,8 +173,6 @@ def _print(comparison: Comparison) -> None:
         console.print(Text(LOAD_EXAMPLE.format(path=comparison.export), style="bold"), soft_wrap=True)
 
 
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart; black and yellow left out.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _UNITS: dict[Quantity, tuple[float, str]] = {
     "count": (1, ""),
     "parameters": (1e6, " (million)"),
@@ -251,7 +250,7 @@ def _draw_panel(axes: "Axes", row: Row, labels: list[str]) -> None:
             value - start,
             left=start,
             height=0.62,
-            color=_COLOURS[position % len(_COLOURS)],
+            color=COLOURS[position % len(COLOURS)],
             xerr=error or None,
             error_kw={"capsize": 3, "elinewidth": 1, "ecolor": "#222222"},
         )

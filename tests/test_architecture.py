@@ -14,6 +14,7 @@ LEVELS = {
     "slm_pl.data": 2,
     "slm_pl.evaluation": 2,
     "slm_pl.export": 2,
+    "slm_pl.pictures": 2,
     "slm_pl.results": 3,
     "slm_pl.comparison": 3,
     "slm_pl.report": 3,

@@ -24,21 +24,22 @@ pytestmark = [
 
 @pytest.mark.shared
 @needs_shared
-def test_prune_repeats_the_published_program(tmp_path, capsys):
-    golden_file = SHARED / "reference" / "golden" / "slm_T0.72_s1234.json"
+@pytest.mark.parametrize(("threshold", "layers", "batch_size"), [(0.72, 22, 1), (0.85, 26, 3), (0.85, 26, 10)])
+def test_prune_repeats_the_published_program(threshold, layers, batch_size, tmp_path):
+    """The authors' setting; their program has batches of one, and the score is of each sample whatever the batch."""
+    golden_file = SHARED / "reference" / "golden" / f"slm_T{threshold}_s1234.json"
     golden = json.loads(golden_file.read_text())
+    published = yaml.safe_load((ROOT / "configs" / "parts" / "slm_published.yaml").read_text())
+    assert published["init_args"]["threshold"] == 0.72
     config = {
         "model": {"pretrained": MODEL, "dtype": "float32"},
-        "data": {"calibration": {"source": str(golden_file)}},
+        "data": {"calibration": {"source": str(golden_file), "batch_size": batch_size}},
         "trainer": {
             "default_root_dir": str(tmp_path),
             "accelerator": "cpu",
             "logger": False,
             "callbacks": [
-                {
-                    "class_path": "callbacks.SlidingWindowMerging",
-                    "init_args": {"threshold": 0.72, "other_parameters": "bottom"},
-                },
+                {**published, "init_args": {**published["init_args"], "threshold": threshold}},
                 {"class_path": "callbacks.ExportCheckpoint", "init_args": {"output_dir": str(tmp_path / "export")}},
             ],
         },
@@ -54,7 +55,7 @@ def test_prune_repeats_the_published_program(tmp_path, capsys):
     ]
     assert [t["similarity"] for t in plan["trace"]] == pytest.approx([t["sim"] for t in tries], abs=1e-4)
     exported = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert exported["num_hidden_layers"] == golden["layers"] == 22
+    assert exported["num_hidden_layers"] == golden["layers"] == layers
 
 
 def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
@@ -65,7 +66,8 @@ def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
     config["data"].update(batch_size=2, val_size=2, cutoff=48, max_rows=40)
     trainer = config["trainer"]
     trainer.update(default_root_dir=str(tmp_path), max_steps=2, val_check_interval=2, logger=False)
-    merging, export, checkpoint = trainer["callbacks"]
+    merging, similarity, export, checkpoint = trainer["callbacks"]
+    assert similarity == {"class_path": "callbacks.RepresentationSimilarity"}
     merging["init_args"] = {"remove_layers": 4}
     export["init_args"] = {"output_dir": str(tmp_path / "export"), "compressed_dir": str(tmp_path / "pruned")}
     checkpoint["init_args"]["dirpath"] = str(tmp_path / "checkpoints")
@@ -76,7 +78,9 @@ def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
     test["model"] = {"pretrained": str(tmp_path / "export"), "dtype": "float32"}
     test["data"] = {"path": "embedded"}
     test["trainer"]["default_root_dir"] = str(tmp_path)
-    efficiency, perplexity, zero_shot = test["trainer"]["callbacks"]
+    efficiency, part, zero_shot = test["trainer"]["callbacks"]
+    perplexity = yaml.safe_load((ROOT / "configs" / part).read_text())
+    test["trainer"]["callbacks"] = [efficiency, perplexity, zero_shot]
     efficiency["init_args"] = {"new_tokens": 4, "warmup": 1, "repeats": 2}
     perplexity["init_args"]["texts"][0]["max_tokens"] = 256
     zero_shot["init_args"]["limit"] = 4
@@ -94,6 +98,13 @@ def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
     assert 1 < results["perplexity"][0]["value"] < 1e4
     assert results["zero_shot"]["tasks"]["embedded_docstrings"]["n"] == 4
     assert not results["missing"]
+
+    # The pictures of the dense model and of the search go with both exports.
+    for name in ("representation_similarity.json", "representation_similarity.png", "search_trace.png"):
+        assert (tmp_path / "export" / name).read_bytes() == (tmp_path / "pruned" / name).read_bytes()
+    matrix = json.loads((tmp_path / "export" / "representation_similarity.json").read_text())["matrix"]
+    assert (len(matrix), len(matrix[0])) == (30, 30)
+    assert min(matrix[i][i + 1] for i in range(28)) > 0.8 > matrix[0][28]  # neighbours are alike, the ends are not
 
     from transformers import AutoModelForCausalLM
 

@@ -279,3 +279,26 @@ def config_fingerprint(config: dict[str, JSONValue]) -> str:
     """The sha256 of a model config without the entries that loading sets."""
     kept = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def layer_groups(plans: list[Plan], dense_layers: int) -> list[tuple[int, ...]]:
+    """What each layer of a compressed model stands for.
+
+    Args:
+        plans: What was done to the dense model, in order.
+        dense_layers: How many layers the dense model has.
+
+    Returns:
+        For each layer that is left, the dense model's layers that it was made of: one, or a merged window.
+    """
+    groups: list[tuple[int, ...]] = [(layer,) for layer in range(dense_layers)]
+    for plan in plans:
+        kept: dict[int, tuple[int, ...]] = dict(enumerate(groups))
+        for step in plan.steps:
+            if isinstance(step, MergeLayers):
+                kept[step.host] = sum((kept.pop(layer) for layer in range(step.low, step.high + 1)), ())
+            else:
+                for layer in step.layers:
+                    del kept[layer]
+        groups = [kept[layer] for layer in sorted(kept)]
+    return groups

@@ -6,7 +6,8 @@ None of them moves the model, changes its weights or leaves it in another mode t
 
 from slm_pl.evaluation.efficiency import EfficiencyResult, PeakMemory, Spread, measure_generation
 from slm_pl.evaluation.perplexity import PerplexityResult, perplexity
-from slm_pl.evaluation.zero_shot import EMBEDDED_TASK, SEVEN_TASKS, TaskResult, ZeroShotResult, zero_shot
+from slm_pl.evaluation.representation import representation_similarity
+from slm_pl.evaluation.zero_shot import EMBEDDED_TASK, SEVEN_TASKS, TaskResult, ZeroShotResult, task_prompts, zero_shot
 
 __all__ = [
     "EMBEDDED_TASK",
@@ -19,5 +20,7 @@ __all__ = [
     "ZeroShotResult",
     "measure_generation",
     "perplexity",
+    "representation_similarity",
+    "task_prompts",
     "zero_shot",
 ]

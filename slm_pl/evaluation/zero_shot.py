@@ -160,6 +160,29 @@ def zero_shot(
     )
 
 
+def task_prompts(task: str, local_data: str | None = None, limit: int | None = None) -> list[str]:
+    """What a task asks a model, without solved examples: one text for each question.
+
+    Args:
+        task: As in :func:`zero_shot`. Where a question is asked with each choice filled in, it is the first one's text.
+        local_data: As in :func:`zero_shot`.
+        limit: Only the first so many questions.
+
+    Raises:
+        UsageError: If the task is unknown, or its data cannot be read or fetched.
+    """
+    with _quiet(), _same_random_state(), tempfile.TemporaryDirectory(prefix="slm_pl_tasks_") as folder:
+        loaded = _load_tasks([task], Path(folder), Path(local_data) if local_data is not None else None)[task]
+        loaded.set_config(key="num_fewshot", value=0)
+        loaded.set_fewshot_seed(seed=1234)
+        loaded.build_all_requests(limit=limit, rank=0, world_size=1)
+        prompts: dict[int, str] = {}
+        for instance in loaded.instances:
+            if instance.doc_id is not None:
+                prompts.setdefault(instance.doc_id, str(instance.args[0]))
+    return list(prompts.values())
+
+
 def _task_result(name: str, output: Mapping[str, object], n: int) -> TaskResult:
     """Reads lm-eval's ``{"acc,none": 0.5, "acc_stderr,none": 0.1, …}``; a standard error may be the text "N/A"."""
     metrics: dict[str, float] = {}

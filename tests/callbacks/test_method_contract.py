@@ -16,6 +16,7 @@ from slm_pl.compression.architecture import ARCHITECTURES
 from slm_pl.compression.plan import Plan
 from slm_pl.data import CalibrationText
 from slm_pl.data.corpora import CalibrationSet
+from slm_pl.errors import UsageError
 from tests.helpers.pico import pico_model
 
 for module in pkgutil.iter_modules(callbacks.__path__):
@@ -23,8 +24,18 @@ for module in pkgutil.iter_modules(callbacks.__path__):
 METHODS = sorted(
     (m for m in CompressionCallback.__subclasses__() if m.__module__.startswith("callbacks.")), key=lambda m: m.__name__
 )
-# How to ask each method for a model two layers smaller.
-ARGUMENTS = {"SlidingWindowMerging": {"remove_layers": 2}}
+# How to ask each method for a model two layers smaller, in every variant that changes weights differently.
+ARGUMENTS = {
+    "SlidingWindowMerging": [
+        {"remove_layers": 2, "consolidation": "keep_top", "other_parameters": "top"},
+        {"remove_layers": 2, "consolidation": "keep_bottom", "other_parameters": "bottom"},
+        {"remove_layers": 2, "consolidation": "sum", "other_parameters": "mean", "similarity": "cka"},
+        {"remove_layers": 2, "consolidation": "mean", "other_parameters": "mean"},
+    ]
+}
+VARIANTS = [(method, arguments) for method in METHODS for arguments in ARGUMENTS[method.__name__]]
+VARIANT_NAMES = [f"{method.__name__}-{'-'.join(map(str, arguments.values()))}" for method, arguments in VARIANTS]
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
 IDS = torch.randint(3, 512, (3, 24), generator=torch.Generator().manual_seed(1))
 CALIBRATION = CalibrationSet.from_ids(IDS.tolist(), CalibrationText(source="ids", samples=3, sequence_length=24))
 
@@ -36,7 +47,7 @@ def test_signature_is_the_configuration(method):
         assert parameter.default is not parameter.empty, parameter
         assert parameter.annotation is not parameter.empty, parameter
     assert "plan_path" in inspect.signature(method).parameters
-    instance = method(**ARGUMENTS[method.__name__])
+    instance = method(**ARGUMENTS[method.__name__][0])
     assert json.loads(json.dumps(instance.arguments())) == instance.arguments()
     assert getattr(callbacks, method.__name__) is method
     assert instance.class_path == f"callbacks.{method.__name__}"
@@ -46,12 +57,16 @@ def test_signature_is_the_configuration(method):
     assert "Args:" in doc
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "arguments"), VARIANTS, ids=VARIANT_NAMES)
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_plan_decides_and_surgery_makes_a_model_that_loads_anywhere(method, model_type, tmp_path):
+def test_plan_decides_and_surgery_makes_a_model_that_loads_anywhere(method, arguments, model_type, tmp_path):
     model = pico_model(model_type)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    callback = method(**ARGUMENTS[method.__name__])
+    callback = method(**arguments)
+    if model_type in WITH_EXPERTS and arguments.get("consolidation") in ("sum", "mean"):
+        with pytest.raises(UsageError, match="has experts"):
+            callback.plan(model, CALIBRATION)
+        return
     with torch.no_grad():
         plan = callback.plan(model, CALIBRATION)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -147,7 +147,9 @@ def test_cut_gives_back_what_joined_last():
     assert cut_windows(((7, 10), (2, 5)), 1) == ((9, 10),)
 
 
-def brute_force(model_seed: int, threshold: float, other_parameters: str) -> list[tuple[int, int]]:
+def brute_force(
+    model_seed: int, threshold: float, other_parameters: str, consolidation: str = "keep_top", compare=None
+) -> list[tuple[int, int]]:
     """The same search with a freshly built, really merged model and a full forward for every try."""
     ids = torch.tensor(IDS)
     with torch.inference_mode():
@@ -155,12 +157,14 @@ def brute_force(model_seed: int, threshold: float, other_parameters: str) -> lis
 
     def similarity(windows, low, high):
         model = pico_model(seed=model_seed)
-        steps = [MergeLayers(a, b, "keep_top", other_parameters) for a, b in (*windows, (low, high))]
+        steps = [MergeLayers(a, b, consolidation, other_parameters) for a, b in (*windows, (low, high))]
         from tests.slm_pl.compression.test_surgery import plan_for
 
         surgery.apply(model, plan_for(model, *steps))
         with torch.inference_mode():
             merged = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        if compare is not None:
+            return compare(dense, merged)
         return (
             sum(torch.cosine_similarity(a.flatten(), b.flatten(), 0).item() for a, b in zip(dense, merged, strict=True))
             / 5
@@ -177,6 +181,44 @@ def test_plan_equals_a_search_with_really_merged_models(other_parameters, thresh
     plan = SlidingWindowMerging(threshold=threshold, other_parameters=other_parameters).plan(model, CALIBRATION)
     assert [(s.low, s.high) for s in plan.steps] == brute_force(5, threshold, other_parameters)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # it decides and never mutates
+
+
+@pytest.mark.parametrize("consolidation", ["keep_bottom", "sum", "mean"])
+@pytest.mark.parametrize("other_parameters", ["top", "bottom", "mean"])
+def test_every_consolidation_is_searched_as_it_will_be_merged(consolidation, other_parameters):
+    """Several windows, so that settled ones are merged again while another grows."""
+    windows = set()
+    for threshold in (0.2, 0.35, 0.5):
+        method = SlidingWindowMerging(threshold, consolidation=consolidation, other_parameters=other_parameters)
+        plan = method.plan(pico_model(seed=5), CALIBRATION)
+        assert [(s.low, s.high) for s in plan.steps] == brute_force(5, threshold, other_parameters, consolidation)
+        assert all((s.consolidation, s.other_parameters) == (consolidation, other_parameters) for s in plan.steps)
+        windows.add(tuple((s.low, s.high) for s in plan.steps))
+    assert len(windows) > 1
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_search_by_cka_decides_as_one_with_really_merged_models(kernel):
+    from tests.slm_pl.compression.test_scores import hsic_of_song, kernel_matrix
+
+    def cka(dense, merged):
+        sums = torch.zeros(3)
+        for a, b in zip(dense.double(), merged.double(), strict=True):
+            k, other = kernel_matrix(a, kernel), kernel_matrix(b, kernel)
+            sums += torch.tensor([hsic_of_song(k, other), hsic_of_song(k, k), hsic_of_song(other, other)])
+        return (sums[0] / (sums[1] * sums[2]).sqrt()).item()
+
+    method = SlidingWindowMerging(threshold=0.5, similarity="cka", kernel=kernel)
+    plan = method.plan(pico_model(seed=5), CALIBRATION)
+    assert [(s.low, s.high) for s in plan.steps] == brute_force(5, 0.5, "top", compare=cka)
+    assert plan.steps
+    cosine = SlidingWindowMerging(threshold=0.5).plan(pico_model(seed=5), CALIBRATION)
+    assert [t["similarity"] for t in cosine.trace][:3] != [t["similarity"] for t in plan.trace][:3]
+
+
+def test_kernel_without_cka_is_refused():
+    with pytest.raises(UsageError, match="kernel is 'rbf', but similarity 'cosine' has no kernel. Set similarity: cka"):
+        SlidingWindowMerging(threshold=0.5, kernel="rbf")
 
 
 def test_layer_forwards_are_the_minimum():
@@ -204,13 +246,22 @@ def test_same_inputs_same_plan_byte_for_byte():
     assert plans[0] == plans[1]
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_batch_size_does_not_change_the_decision(size):
-    text = CalibrationText(source="ids", samples=5, sequence_length=24, batch_size=size)
-    plan = SlidingWindowMerging(remove_layers=3).plan(pico_model(seed=5), CalibrationSet.from_ids(IDS, text))
-    one = SlidingWindowMerging(remove_layers=3).plan(pico_model(seed=5), CALIBRATION)
-    assert plan.steps == one.steps
-    assert [t["similarity"] for t in plan.trace] == pytest.approx([t["similarity"] for t in one.trace], abs=1e-6)
+@pytest.mark.parametrize("size", [1, 3, 10])
+@pytest.mark.parametrize("variant", [{}, {"consolidation": "sum"}, {"similarity": "cka"}])
+def test_batch_size_does_not_change_the_decision(size, variant):
+    ids = torch.randint(3, 512, (10, 24), generator=torch.Generator().manual_seed(4)).tolist()
+
+    def plan(batch_size):
+        text = CalibrationText(source="ids", samples=10, sequence_length=24, batch_size=batch_size)
+        return SlidingWindowMerging(remove_layers=3, **variant).plan(
+            pico_model(seed=5), CalibrationSet.from_ids(ids, text)
+        )
+
+    found, one = plan(size), plan(1)
+    assert found.steps == one.steps
+    decisions = [[(t["low"], t["high"], t["accepted"], t["search"]) for t in p.trace] for p in (found, one)]
+    assert decisions[0] == decisions[1]
+    assert [t["similarity"] for t in found.trace] == pytest.approx([t["similarity"] for t in one.trace], abs=1e-6)
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 3, 4])
@@ -246,9 +297,12 @@ def test_too_many_layers_say_what_is_possible():
 def test_non_finite_states_stop_the_search():
     model = pico_model()
     with torch.no_grad():
-        model.model.layers[5].mlp.down_proj.weight[0, 0] = float("inf")
-    with pytest.raises(FloatingPointError, match="not finite"):
+        model.model.layers[4].mlp.down_proj.weight[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"On calibration sample 0, layer 4 of the dense model .*bfloat16"):
         SlidingWindowMerging(threshold=0.5).plan(model, CALIBRATION)
+
+
+VARIANTS = [{}, {"consolidation": "mean", "other_parameters": "mean"}, {"similarity": "cka", "consolidation": "sum"}]
 
 
 def _rank(rank: int, port: int, directory: str) -> None:
@@ -259,8 +313,21 @@ def _rank(rank: int, port: int, directory: str) -> None:
     SlidingWindowMerging(remove_layers=2).plan(pico_model(seed=5), one.shard(rank, 2)).save(
         f"{directory}/few{rank}.json"
     )
-    plan = SlidingWindowMerging(remove_layers=3).plan(pico_model(seed=5), CALIBRATION.shard(rank, 2))
-    plan.save(f"{directory}/{rank}.json")
+    for number, variant in enumerate(VARIANTS):
+        plan = SlidingWindowMerging(remove_layers=3, **variant).plan(pico_model(seed=5), CALIBRATION.shard(rank, 2))
+        plan.save(f"{directory}/{number}.{rank}.json")
+    # Sample 3 is the second of rank 1; both ranks must hear of it.
+    ids = torch.tensor(IDS)
+    ids[ids == 511], ids[3, 5] = 510, 511
+    model = pico_model(seed=5)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[511] = float("nan")
+    faulty = CalibrationSet.from_ids(ids.tolist(), CALIBRATION.text).shard(rank, 2)
+    try:
+        SlidingWindowMerging(remove_layers=3).plan(model, faulty)
+    except FloatingPointError as error:
+        with open(f"{directory}/error{rank}", "w") as file:
+            file.write(str(error))
     torch.distributed.destroy_process_group()
 
 
@@ -271,6 +338,10 @@ def test_two_processes_share_the_work_and_end_with_the_plan_of_one(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
-    one = SlidingWindowMerging(remove_layers=3).plan(pico_model(seed=5), CALIBRATION).to_json()
     assert (tmp_path / "few0.json").read_text() == (tmp_path / "few1.json").read_text()
-    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text() == one
+    for number, variant in enumerate(VARIANTS):
+        one = SlidingWindowMerging(remove_layers=3, **variant).plan(pico_model(seed=5), CALIBRATION).to_json()
+        texts = [(tmp_path / f"{number}.{rank}.json").read_text() for rank in (0, 1)]
+        assert texts == [one, one]
+    for rank in (0, 1):
+        assert (tmp_path / f"error{rank}").read_text().startswith("On calibration sample 3, the embeddings")

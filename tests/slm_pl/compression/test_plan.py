@@ -11,6 +11,7 @@ from slm_pl.compression.plan import (
     Plan,
     config_fingerprint,
     count_parameters,
+    layer_groups,
     load_plans,
     save_plans,
 )
@@ -102,3 +103,17 @@ def test_fingerprint_ignores_what_loading_sets_and_sees_the_rest():
     same = {**config, "_name_or_path": "elsewhere", "dtype": "bfloat16", "transformers_version": "9"}
     assert config_fingerprint(same) == config_fingerprint(config)
     assert config_fingerprint({**config, "hidden_size": 33}) != config_fingerprint(config)
+
+
+def test_layer_groups_follow_several_plans():
+    from dataclasses import replace
+
+    first = replace(PLAN, steps=(MergeLayers(1, 3), DropLayers((5,))))  # 0, 1-3, 4, 6, 7
+    second = replace(PLAN, steps=(MergeLayers(0, 1, "keep_bottom"), DropLayers((4,))))
+    assert layer_groups([], 3) == [(0,), (1,), (2,)]
+    assert layer_groups([first], 8) == [(0,), (1, 2, 3), (4,), (6,), (7,)]
+    assert layer_groups([first, second], 8) == [(0, 1, 2, 3), (4,), (6,)]
+
+
+def test_host_is_the_layer_whose_projections_are_kept():
+    assert [MergeLayers(2, 5, c).host for c in ("keep_top", "keep_bottom", "sum", "mean")] == [5, 2, 5, 5]
