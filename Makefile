@@ -39,6 +39,7 @@ lint: install  ## Check style and types
 
 bench: install  ## Run the benchmarks (minutes)
 	$(BIN)/python -m tests.benchmarks.search
+	$(BIN)/python -m tests.benchmarks.variants
 
 clean:  ## Remove runs and caches
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
