@@ -179,5 +179,10 @@ def projection_names(architecture: Architecture) -> set[str]:
 
 
 def lora_targets(model: "PreTrainedModel") -> list[str]:
-    """Module names that LoRA adapts by default: all projections (the last part of each path), but no experts."""
-    return sorted({path.rpartition(".")[2] for path in architecture_of(model).projections})
+    """Module names that LoRA adapts by default: all projections, but of a model with experts those of attention alone.
+
+    There, PEFT takes the names of an MLP's projections for the experts, also where some layers have an ordinary MLP.
+    """
+    architecture = architecture_of(model)
+    paths = _ATTENTION if architecture.experts else architecture.projections
+    return sorted({path.rpartition(".")[2] for path in paths})
