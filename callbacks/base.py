@@ -15,11 +15,20 @@ from torch import nn
 from slm_pl import files
 from slm_pl.compression import surgery
 from slm_pl.compression.architecture import num_layers
-from slm_pl.compression.plan import PLAN_FILE, Base, Calibration, JSONValue, Method, Plan, Step, count_parameters
+from slm_pl.compression.plan import (
+    Base,
+    Calibration,
+    JSONValue,
+    Method,
+    Plan,
+    Step,
+    count_parameters,
+    plan_name,
+)
 from slm_pl.data import AlpacaDataModule, CalibrationSet
 from slm_pl.errors import UsageError
 from slm_pl.module import CausalLM
-from slm_pl.pictures import search_trace, trace_name
+from slm_pl.pictures import matrix_names, search_trace, trace_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,16 +44,22 @@ def on_first_rank(trainer: pl.Trainer, work: Callable[[], T]) -> T:
 
     Raises:
         UsageError: On all ranks, if ``work`` raised it on the first.
+        RuntimeError: On the other ranks, if ``work`` raised anything else.
     """
-    result, error = None, None
+    result, usage, failure = None, None, None
     if trainer.is_global_zero:
         try:
             result = work()
-        except UsageError as failure:
-            error = str(failure)
-    result, error = trainer.strategy.broadcast((result, error))
-    if error is not None:
-        raise UsageError(error)
+        except UsageError as error:
+            usage = str(error)
+        except Exception as error:
+            trainer.strategy.broadcast((None, None, f"{type(error).__name__}: {error}"))
+            raise
+    result, usage, failure = trainer.strategy.broadcast((result, usage, failure))
+    if failure is not None:
+        raise RuntimeError(f"The first rank failed with {failure}")
+    if usage is not None:
+        raise UsageError(usage)
     return cast(T, result)
 
 
@@ -138,8 +153,8 @@ class CompressionCallback(pl.Callback, ABC):
         # Refuse a plan that does not fit before it is written as this run's.
         surgery.check(model, plan)
         run_plan = self._run_plan(trainer, pl_module)
-        picture = run_plan.with_name(trace_name(len(pl_module.plans) + 1))
-        on_first_rank(trainer, lambda: _save(plan, run_plan, picture))
+        number = len(pl_module.plans) + 1
+        on_first_rank(trainer, lambda: _save(plan, run_plan.parent, number))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PlanObserver):
                 with on_its_device(trainer, pl_module):
@@ -185,8 +200,7 @@ class CompressionCallback(pl.Callback, ABC):
         )
 
     def _run_plan(self, trainer: pl.Trainer, pl_module: CausalLM) -> Path:
-        number = len(pl_module.plans) + 1
-        return Path(trainer.default_root_dir) / (PLAN_FILE if number == 1 else f"plan.{number}.json")
+        return Path(trainer.default_root_dir) / plan_name(len(pl_module.plans) + 1)
 
     def _load(self, trainer: pl.Trainer, path: Path) -> Plan:
         return on_first_rank(trainer, lambda: Plan.load(path))
@@ -211,10 +225,11 @@ class CompressionCallback(pl.Callback, ABC):
             return self.plan(model, calibration)
 
 
-def _save(plan: Plan, path: Path, picture: Path) -> None:
-    plan.save(path)
-    drawn = search_trace(plan)
-    if drawn is not None:
-        files.write_bytes(picture, drawn)
-    else:
-        picture.unlink(missing_ok=True)  # of an earlier run's plan
+def _save(plan: Plan, directory: Path, number: int) -> None:
+    """Writes a plan and its picture; what an earlier run drew of another plan goes."""
+    plan.save(directory / plan_name(number))
+    for name in (trace_name(number), *matrix_names(number)):
+        (directory / name).unlink(missing_ok=True)
+    picture = search_trace(plan)
+    if picture is not None:
+        files.write_bytes(directory / trace_name(number), picture)

@@ -14,6 +14,7 @@ from slm_pl.console import LOAD_EXAMPLE
 from slm_pl.errors import UsageError
 from slm_pl.export import save_compressed
 from slm_pl.module import CausalLM, may_overwrite
+from slm_pl.pictures import load_figures
 
 
 class ExportCheckpoint(EarlyCheck):
@@ -102,11 +103,15 @@ class ExportCheckpoint(EarlyCheck):
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, directory: str, recovered: bool) -> None:
         assert isinstance(pl_module, CausalLM)
         model = pl_module.merge_adapters() if recovered else pl_module.load_model()
-        tokenizer, plans, figures = pl_module.tokenizer, pl_module.plans, pl_module.figures
-        overwrite = may_overwrite(trainer)
-        on_first_rank(
-            trainer, lambda: save_compressed(model, tokenizer, directory, plans, recovered, overwrite, figures)
-        )
+        tokenizer, plans, overwrite = pl_module.tokenizer, pl_module.plans, may_overwrite(trainer)
+        source = pl_module.source.directory
+
+        def write() -> None:
+            carried = {} if source is None else load_figures(source, len(plans))
+            figures = {**carried, **pl_module.figures}
+            save_compressed(model, tokenizer, directory, plans, recovered, overwrite, figures)
+
+        on_first_rank(trainer, write)
         rank_zero_info(f"Exported to {directory}. Load it with:\n{LOAD_EXAMPLE.format(path=directory)}")
 
 

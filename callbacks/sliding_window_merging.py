@@ -9,7 +9,7 @@ from callbacks.base import CompressionCallback
 from slm_pl.compression.architecture import architecture_of, decoder_layers
 from slm_pl.compression.calibration import Layer, LayerReplay
 from slm_pl.compression.plan import Consolidation, JSONValue, MergeLayers, OtherParameters, Plan, count_parameters
-from slm_pl.compression.scores import CKA, FlattenedCosine, Kernel, Similarity
+from slm_pl.compression.scores import CKA, LEAST_TOKENS, FlattenedCosine, Kernel, Similarity
 from slm_pl.compression.surgery import GrowingWindow, MergedLayer, check_consolidation, merge
 from slm_pl.compression.windows import Window, cut_windows, search_threshold, search_windows
 from slm_pl.console import progress
@@ -105,6 +105,11 @@ class SlidingWindowMerging(CompressionCallback):
     def plan(self, model: "PreTrainedModel", calibration: CalibrationSet) -> Plan:
         """Searches the windows; see the class."""
         check_consolidation(model, self.consolidation)
+        if self.similarity == "cka" and calibration.shortest < LEAST_TOKENS:
+            raise UsageError(
+                f"similarity is 'cka', which needs samples of at least {LEAST_TOKENS} tokens; the shortest calibration "
+                f"sample has {calibration.shortest}. Give longer ones, or similarity: cosine."
+            )
         wanted = self._wanted(model)
         similarity: Similarity = FlattenedCosine() if self.similarity == "cosine" else CKA(self.kernel)
         with progress("Searching windows") as advance:
@@ -179,7 +184,8 @@ class Candidates:
     """Scores candidate models, none of them twice, by replaying the layers from the lowest window up.
 
     The window that grows is updated in place. Windows above it that are settled are merged again whenever their turn
-    comes, a fraction of the work of one layer, so that they take no memory in between.
+    comes, a fraction of the work of one layer. So at most two merged layers are in memory, whatever the number of
+    windows: the one that grows, and a settled one while it is run.
     """
 
     def __init__(
@@ -225,6 +231,7 @@ class Candidates:
             return MergeLayers(low, high, self._how[0]).host
 
         yield origin(self._grown[0], high), lowest
+        del lowest
         above = high + 1
         for window_low, window_high in reversed(windows):
             for layer in range(above, window_low):

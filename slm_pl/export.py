@@ -70,8 +70,8 @@ def load_compressed(
     return load_model(source), load_tokenizer(source), load_plans(directory)
 
 
-def _public(pretrained: str) -> str:
-    """A local path tells its last part only: a model card is made to be shared."""
+def public_name(pretrained: str) -> str:
+    """What may be told of a path: its last part, since an export is made to be shared."""
     return Path(pretrained).name if Path(pretrained).exists() else pretrained
 
 
@@ -89,7 +89,7 @@ def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool, pi
         base = plans[0].base
         share = 1 - parameters / base.num_parameters
         lines += [
-            f"Made from `{_public(base.pretrained)}`{f' at revision `{base.revision}`' if base.revision else ''}: "
+            f"Made from `{public_name(base.pretrained)}`{f' at revision `{base.revision}`' if base.revision else ''}: "
             f"{base.num_layers} → {num_layers(model)} decoder layers, "
             f"{base.num_parameters:,} → {parameters:,} parameters ({share:.1%} fewer). "
             + ("Recovered by training after compression." if recovered else "Not trained after compression."),
@@ -104,9 +104,9 @@ def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool, pi
         lines += ["", "The plans beside this file (`plan.json`, …) hold every try of the search. Their sha256:"]
         lines += [f"`{plan.sha256}`" for plan in plans]
     else:
-        lines += [f"`{_public(model.config._name_or_path)}`, {parameters:,} parameters; no plan was applied."]
+        lines += [f"`{public_name(model.config._name_or_path)}`, {parameters:,} parameters; no plan was applied."]
     for picture in pictures:
-        what = "Every try of the search" if picture.startswith("search_trace") else "Similarity of the dense layers"
+        what = "Every try of the search" if picture.startswith("search_trace") else "How alike the layers were before"
         lines += ["", f"![{what}]({picture})"]
     lines += ["", "```python", LOAD_EXAMPLE.format(path="."), "```", ""]
     lines += [

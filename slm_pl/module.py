@@ -16,7 +16,6 @@ from slm_pl import files, loading
 from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.plan import Plan, count_parameters, load_plans
 from slm_pl.errors import UsageError
-from slm_pl.pictures import load_figures
 from slm_pl.results import Environment, ModelIdentity, Results
 
 if TYPE_CHECKING:
@@ -103,8 +102,6 @@ class CausalLM(pl.LightningModule):
         self.plans: list[Plan] = [] if self.source.directory is None else load_plans(self.source.directory)
         self.figures: dict[str, bytes] = {}
         """Files that go with an export and its model card, by name: what was seen of the model before compression."""
-        if self.source.directory is not None:
-            self.figures = load_figures(self.source.directory)
         self.results: Results | None = None
         self.predictions: list[dict[str, str]] = []
         self.model: PreTrainedModel | PeftModel | None = None

@@ -285,5 +285,5 @@ def _draw_panel(axes: "Axes", row: Row, labels: list[str]) -> None:
 
 
 def _wrapped(label: str, width: int) -> str:
-    lines = textwrap.wrap(label, width)
+    lines = textwrap.wrap(label.replace("$", r"\$"), width)  # a dollar sign, not the beginning of a formula
     return "\n".join(lines[:3]) + ("…" if len(lines) > 3 else "")

@@ -100,9 +100,9 @@ def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
     assert not results["missing"]
 
     # The pictures of the dense model and of the search go with both exports.
-    for name in ("representation_similarity.json", "representation_similarity.png", "search_trace.png"):
+    for name in ("representation_similarity_before.json", "representation_similarity_before.png", "search_trace.png"):
         assert (tmp_path / "export" / name).read_bytes() == (tmp_path / "pruned" / name).read_bytes()
-    matrix = json.loads((tmp_path / "export" / "representation_similarity.json").read_text())["matrix"]
+    matrix = json.loads((tmp_path / "export" / "representation_similarity_before.json").read_text())["matrix"]
     assert (len(matrix), len(matrix[0])) == (30, 30)
     assert min(matrix[i][i + 1] for i in range(28)) > 0.8 > matrix[0][28]  # neighbours are alike, the ends are not
 

@@ -101,15 +101,19 @@ def architecture_of(model: "PreTrainedModel") -> Architecture:
 
 
 def _looks_like(model: nn.Module) -> str:
-    """What the entry of an unknown model would probably say: its longest list of modules and the matrices in one."""
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    """What the entry of an unknown model would probably say: where its layers are, and the matrices in one."""
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
+    config = getattr(model, "config", None)
+    expected = getattr(config, "num_hidden_layers", None)
     if not lists:
         return ""
-    path, layers = max(lists, key=lambda found: len(found[1]))
+    # As many as the config says; else the outermost, since a layer may itself hold a longer list of experts.
+    path, layers = min(lists, key=lambda found: (len(found[1]) != expected, found[0].count("."), -len(found[1])))
     matrices = [name for name, p in layers[0].named_parameters() if p.ndim > 1]
+    shown = ", ".join(matrices[:12]) + (", …" if len(matrices) > 12 else "")
     return (
         f"Its decoder layers seem to be {path!r} ({len(layers)} x {type(layers[0]).__name__}) with the weight matrices "
-        f"{', '.join(matrices) or '(none)'}. "
+        f"{shown or '(none)'}. "
     )
 
 

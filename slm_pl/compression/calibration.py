@@ -93,8 +93,8 @@ class LayerReplay:
     def score(self, candidate: Iterable[tuple[int, Layer]], low: int, similarity: Similarity) -> float:
         """Compares a candidate with the dense model.
 
-        Each layer is run on every batch before the next one is asked for, so that a candidate which makes its layers as
-        they are iterated over holds one of them at a time.
+        Each layer is run on every batch, and forgotten before the next one is asked for, so that a candidate which
+        makes its layers as they are iterated over holds one of them at a time.
 
         Args:
             candidate: The layers from ``low`` to the end, each with the index of the dense layer whose keyword
@@ -114,9 +114,9 @@ class LayerReplay:
         for origin, layer in candidate:
             origins.append(origin)
             for number, capture in enumerate(self.captures):
-                output = layer(hidden[number], **capture.arguments[origin])
-                hidden[number] = output[0] if isinstance(output, tuple) else output
+                hidden[number] = _first(layer(hidden[number], **capture.arguments[origin]))
                 states[number].append(_finite(hidden[number]))
+            del layer  # before the next one is made
         self.layer_forwards += len(origins)
         values: list[list[float]] = []
         for number, capture in enumerate(self.captures):
@@ -127,6 +127,11 @@ class LayerReplay:
         stages[0] += ", where the merged window stands,"
         stages.append("the final norm")
         return similarity.combine(mean_over_ranks(values, _first_fault(states, stages, "of the candidate")))
+
+
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The hidden state among what a layer returns."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _finite(hidden: Tensor) -> Tensor:
@@ -183,11 +188,12 @@ def mean_over_ranks(values: list[list[float]], fault: Fault | None = None) -> li
     faults = [found for _, found in everything if found is not None]
     if not faults and all(math.isfinite(value) for row in rows for value in row):
         return [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
-    where = "Some"
+    where = "The similarity of a sample is not a finite number"
     if faults:
         sample, what = min(faults)
-        where = f"On calibration sample {sample}, {what}"
+        where = f"On calibration sample {sample}, {what} hidden states that are not finite"
     raise FloatingPointError(
-        f"{where} hidden states that are not finite, so nothing can be compared. float16 overflows above 65,504, "
-        "which single channels of Llama-2-like models reach: load the model with --model.dtype bfloat16 or float32."
+        f"{where}, so nothing can be compared. float16 overflows above 65,504, which single channels of Llama-2-like "
+        "models reach: load the model with --model.dtype bfloat16 or float32. If it is in one of these, its "
+        "weights are broken."
     )

@@ -192,6 +192,8 @@ class Plan:
                 if step["kind"] not in STEP_KINDS:
                     raise ValueError(f"step of kind {step['kind']!r}, known are {sorted(STEP_KINDS)}")
                 steps.append(_build(STEP_KINDS[step["kind"]], step))
+            if not all(isinstance(row, dict) for row in data["trace"]) or not isinstance(data.get("outcome", {}), dict):
+                raise ValueError("trace is not a list of objects, or outcome not an object")
             return Plan(
                 base=_build(Base, data["base"]),
                 method=_build(Method, data["method"]),
@@ -235,12 +237,17 @@ def _build(cls: type[T], data: Any) -> T:
     return cls(**values)
 
 
+def plan_name(number: int) -> str:
+    """File name of a model's first, second, … plan."""
+    return PLAN_FILE if number == 1 else f"plan.{number}.json"
+
+
 def plan_files(directory: str | os.PathLike[str]) -> list[Path]:
     """The plans of a model directory in the order they were applied: ``plan.json``, ``plan.2.json``, and so on."""
     directory = Path(directory)
-    names = [PLAN_FILE]
+    names = [plan_name(1)]
     while (directory / names[-1]).is_file():
-        names.append(f"plan.{len(names) + 1}.json")
+        names.append(plan_name(len(names) + 1))
     return [directory / name for name in names[:-1]]
 
 
@@ -252,7 +259,7 @@ def load_plans(directory: str | os.PathLike[str]) -> list[Plan]:
 def save_plans(plans: list[Plan], directory: str | os.PathLike[str]) -> None:
     """Writes plans into a model directory, under the names that :func:`plan_files` finds."""
     for number, plan in enumerate(plans, start=1):
-        plan.save(Path(directory) / (PLAN_FILE if number == 1 else f"plan.{number}.json"))
+        plan.save(Path(directory) / plan_name(number))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -296,9 +303,9 @@ def layer_groups(plans: list[Plan], dense_layers: int) -> list[tuple[int, ...]]:
         kept: dict[int, tuple[int, ...]] = dict(enumerate(groups))
         for step in plan.steps:
             if isinstance(step, MergeLayers):
-                kept[step.host] = sum((kept.pop(layer) for layer in range(step.low, step.high + 1)), ())
+                kept[step.host] = sum((kept.pop(layer, ()) for layer in range(step.low, step.high + 1)), ())
             else:
                 for layer in step.layers:
-                    del kept[layer]
+                    kept.pop(layer, None)
         groups = [kept[layer] for layer in sorted(kept)]
     return groups

@@ -13,6 +13,10 @@ Kernel = Literal["linear", "rbf"]
 """Of centered kernel alignment: inner products, or a Gaussian of the distance."""
 
 
+LEAST_TOKENS = 4
+"""In a sample, for the unbiased estimator: it divides by n − 3."""
+
+
 class Similarity(Protocol):
     """How alike the final hidden states of two models are.
 
@@ -95,7 +99,7 @@ def centered_gram(hidden: Tensor, kernel: Kernel) -> Tensor:
     HSIC₁(K, K) is never negative and the alignment lies in [-1, 1].
 
     Args:
-        hidden: ``[batch, tokens, hidden]``, at least four tokens.
+        hidden: ``[batch, tokens, hidden]``, at least :data:`LEAST_TOKENS` tokens.
         kernel: ``linear``: inner products. ``rbf``: exp(−d²/(2σ²)) with σ the median distance between two tokens of the
             sample (Kornblith et al. 2019, arXiv 1905.00414, with their bandwidth fraction 1).
 
@@ -103,12 +107,12 @@ def centered_gram(hidden: Tensor, kernel: Kernel) -> Tensor:
         ``[batch, tokens, tokens]``, float64, zero on the diagonal.
 
     Raises:
-        UsageError: If there are fewer than four tokens: the estimator divides by n − 3.
+        UsageError: If there are fewer tokens.
     """
     n = hidden.shape[1]
-    if n < 4:
+    if n < LEAST_TOKENS:
         raise UsageError(
-            f"CKA got samples of {n} tokens; its unbiased estimator needs at least 4. Raise the sequence_length."
+            f"CKA got samples of {n} tokens; its unbiased estimator needs at least {LEAST_TOKENS}. Give longer samples."
         )
     # Differences between tokens are small beside what they have in common; it cancels in both kernels.
     states = hidden.double()

@@ -100,18 +100,20 @@ class CalibrationSet:
         text: Where the samples come from.
         sha256: Hash of the whole set: of the ids as one compact JSON list of lists, ``[[1,2],[3,4]]``. It depends
             neither on the batch size nor on the shard.
+        shortest: Tokens of the shortest sample of the whole set.
     """
 
     batches: tuple[torch.Tensor, ...]
     text: CalibrationText
     sha256: str
+    shortest: int
 
     @classmethod
     def from_ids(cls, ids: Sequence[Sequence[int]], text: CalibrationText) -> "CalibrationSet":
         """Batch samples (``text.batch_size`` consecutive ones of equal length) and hash them."""
         digest = hashlib.sha256(json.dumps([list(sample) for sample in ids], separators=(",", ":")).encode())
         samples = [torch.tensor(sample, dtype=torch.int64) for sample in ids]
-        return cls(_batched(samples, text.batch_size), text, digest.hexdigest())
+        return cls(_batched(samples, text.batch_size), text, digest.hexdigest(), min(map(len, samples), default=0))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self.batches)

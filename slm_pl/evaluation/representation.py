@@ -22,7 +22,8 @@ def representation_similarity(
 
     A minibatch is the tokens of one sample. The unbiased HSIC of each is averaged over the samples before the ratio is
     formed (Nguyen et al. 2021, arXiv 2010.15327), so that neither the batch size nor the number of samples biases the
-    matrix. Works for every Hugging Face causal language model; it takes ``layers × tokens²`` float64 numbers of memory.
+    matrix. Works for every Hugging Face causal language model; it takes twice ``layers × tokens²`` float64
+    numbers of memory for the longest sample.
 
     Args:
         model: The model, on whatever device it is.
@@ -47,13 +48,15 @@ def representation_similarity(
     ):
         for number, ids in enumerate(rows):
             states = backbone(model)(input_ids=ids[None].to(device), output_hidden_states=True, use_cache=False)
-            grams = torch.stack([centered_gram(state, kernel).flatten() for state in states.hidden_states[1:]])
-            finite = torch.isfinite(grams).all(1).tolist()
+            finite = torch.stack([torch.isfinite(state).all() for state in states.hidden_states]).tolist()
             if not all(finite):
+                first = finite.index(False)
+                where = f"layer {first - 1} gives" if first else "the embeddings give"
                 raise FloatingPointError(
-                    f"On sample {number}, layer {finite.index(False)} gives hidden states that are not finite, so the "
-                    "layers cannot be compared. Load the model with --model.dtype bfloat16 or float32."
+                    f"On sample {number}, {where} hidden states that are not finite, so the layers cannot be compared. "
+                    "Load the model with --model.dtype bfloat16 or float32."
                 )
+            grams = torch.stack([centered_gram(state, kernel).flatten() for state in states.hidden_states[1:]])
             hsic = grams @ grams.T
             total = hsic if total is None else total + hsic
             advance("")

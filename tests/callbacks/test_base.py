@@ -2,6 +2,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from callbacks import CompressionCallback, ExportCheckpoint, SlidingWindowMerging
+from callbacks.base import on_first_rank
 from slm_pl.compression import surgery
 from slm_pl.compression.plan import Base, DropLayers, Method, Plan
 from slm_pl.errors import UsageError
@@ -267,3 +269,33 @@ def test_a_moved_export_is_still_what_it_was(carried, tmp_path):
     module, method = make_module(moved), Drop([5])
     make_trainer(tmp_path / "run", method).test(module, alpaca_data(tmp_path), verbose=False)
     assert method.searches == 0
+
+
+def test_failure_of_the_first_rank_is_told_to_all():
+    """Two ranks that take turns: what the first broadcasts is what the second gets."""
+    sent = []
+
+    class Strategy:
+        def __init__(self, rank):
+            self.rank = rank
+
+        def broadcast(self, value):
+            if self.rank == 0:
+                sent.append(value)
+            return sent[-1]
+
+    def run(rank, work):
+        return on_first_rank(SimpleNamespace(is_global_zero=rank == 0, strategy=Strategy(rank)), work)
+
+    def fails(error):
+        raise error
+
+    for error, others, message in (
+        (UsageError("mend this"), UsageError, "mend this"),
+        (ValueError("a bug"), RuntimeError, "The first rank failed with ValueError: a bug"),
+    ):
+        with pytest.raises(type(error), match=str(error)):
+            run(0, lambda error=error: fails(error))
+        with pytest.raises(others, match=message):
+            run(1, lambda: None)
+    assert [run(rank, lambda: 7) for rank in (0, 1)] == [7, 7]

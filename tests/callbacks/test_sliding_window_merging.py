@@ -2,14 +2,18 @@ import functools
 import itertools
 import math
 import random
+import weakref
 
 import pytest
 import torch
 import torch.multiprocessing
 
 from callbacks import SlidingWindowMerging
+from callbacks.sliding_window_merging import Candidates
 from slm_pl.compression import surgery
+from slm_pl.compression.calibration import LayerReplay
 from slm_pl.compression.plan import MergeLayers
+from slm_pl.compression.scores import FlattenedCosine
 from slm_pl.compression.windows import cut_windows, search_threshold, search_windows
 from slm_pl.data import CalibrationText
 from slm_pl.data.corpora import CalibrationSet
@@ -219,6 +223,40 @@ def test_search_by_cka_decides_as_one_with_really_merged_models(kernel):
 def test_kernel_without_cka_is_refused():
     with pytest.raises(UsageError, match="kernel is 'rbf', but similarity 'cosine' has no kernel. Set similarity: cka"):
         SlidingWindowMerging(threshold=0.5, kernel="rbf")
+
+
+def test_two_merged_layers_at_most_are_in_memory(monkeypatch):
+    """The one that grows, and a settled one while it is run, with however many windows."""
+    alive, most = weakref.WeakSet(), [0]
+
+    class Watched(surgery.MergedLayer):
+        __hash__ = object.__hash__
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+
+        def __call__(self, hidden, **kwargs):
+            most[0] = max(most[0], len(alive))
+            return super().__call__(hidden, **kwargs)
+
+    monkeypatch.setattr(surgery, "MergedLayer", Watched)
+    replay = LayerReplay(pico_model(num_hidden_layers=14), CALIBRATION)
+    how = ("mean", "mean", FlattenedCosine(), lambda text: None)
+    candidates = Candidates(pico_model(num_hidden_layers=14), replay, *how)
+    candidates.score(((11, 12), (8, 10), (5, 6)), 2, 3)
+    candidates.score(((11, 12), (8, 10), (5, 6)), 1, 3)
+    # One is described while it runs; the sums of the one that grows are kept beside it.
+    assert most == [1]
+    assert len(candidates._growing._merged) == len(list(replay.layers[0].parameters()))
+
+
+def test_samples_too_short_for_cka_are_refused_by_every_rank_alike():
+    ids = [IDS[0], IDS[1][:3], IDS[2]]
+    calibration = CalibrationSet.from_ids(ids, CalibrationText(source="ids", samples=3, sequence_length=24))
+    for rank in (0, 1):  # only one of the two holds the short sample
+        with pytest.raises(UsageError, match="at least 4 tokens; the shortest calibration sample has 3"):
+            SlidingWindowMerging(threshold=0.5, similarity="cka").plan(pico_model(), calibration.shard(rank, 2))
 
 
 def test_layer_forwards_are_the_minimum():

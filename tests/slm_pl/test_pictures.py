@@ -5,7 +5,7 @@ import numpy
 import pytest
 
 from slm_pl.compression.plan import Base, DropLayers, MergeLayers, Method, Plan
-from slm_pl.pictures import COLOURS, load_figures, search_trace, similarity_matrix
+from slm_pl.pictures import COLOURS, load_figures, matrix_names, search_trace, similarity_matrix
 
 TRACE = (
     {"low": 4, "high": 5, "similarity": 0.2, "accepted": False, "search": 0},
@@ -68,9 +68,43 @@ def test_matrix_outlines_the_windows():
     assert (rows.max(0) - rows.min(0))[0] / (bottom - top) == pytest.approx(2, rel=0.05)
 
 
-def test_only_similarity_figures_are_carried_on(tmp_path):
-    for name in ("representation_similarity.json", "representation_similarity.2.png", "search_trace.png", "x.json"):
-        (tmp_path / name).write_bytes(name.encode())
-    assert load_figures(tmp_path) == {
-        name: name.encode() for name in ("representation_similarity.2.png", "representation_similarity.json")
-    }
+def test_plans_of_strangers_are_drawn_or_passed_over():
+    from dataclasses import replace
+
+    # DESIGN's own sample has a trace without searches and no outcome.
+    bare = replace(PLAN, outcome={}, trace=({"low": 3, "high": 5, "similarity": 0.88, "accepted": True},))
+    assert search_trace(bare) is not None
+    for broken in (
+        {"low": 3, "high": 5, "similarity": None, "accepted": True},
+        {"layer": 3, "similarity": 0.5},
+        {"low": 3, "high": 5, "similarity": float("nan"), "accepted": True},
+        {"low": "3", "high": 5, "similarity": 0.5, "accepted": True},
+    ):
+        assert search_trace(replace(PLAN, outcome={}, trace=(broken,))) is None
+    formula = replace(PLAN, method=Method("callbacks.SlidingWindowMerging", {"similarity": r"$\\foo$"}))
+    assert search_trace(formula) is not None
+
+
+def test_threshold_far_below_does_not_flatten_the_values():
+    from dataclasses import replace
+
+    rows = tuple({"low": 5 - n, "high": 6, "similarity": 0.95 - n / 100, "accepted": True} for n in range(4))
+    pictures = [search_trace(replace(PLAN, outcome={"threshold": threshold}, trace=rows)) for threshold in (0.9, -0.5)]
+    heights = []
+    for picture in pictures:
+        assert picture is not None
+        upper = pixels(picture)[:430]  # the upper half, above its legend
+        wanted = [int(COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)]
+        rows_found = numpy.argwhere(abs(upper - wanted).max(axis=2) <= 1)[:, 0]
+        heights.append(rows_found[rows_found < 370].max() - rows_found.min())
+    assert heights[1] > 0.7 * heights[0]
+
+
+def test_names_are_of_the_models_own_plans(tmp_path):
+    names = [*matrix_names(1), *matrix_names(2)]
+    for name in (*names, "representation_similarity.json", "search_trace.png", "x.json"):
+        (tmp_path / name).write_bytes(b"{}" if name.endswith("json") else b"\x89PNG\r\n\x1a\n")
+    assert sorted(load_figures(tmp_path, plans=1)) == sorted(matrix_names(1))
+    assert sorted(load_figures(tmp_path, plans=2)) == sorted(names)
+    (tmp_path / matrix_names(1)[0]).write_bytes(b"{" + b" " * 9_000_000)
+    assert list(load_figures(tmp_path, plans=1)) == [matrix_names(1)[1]]

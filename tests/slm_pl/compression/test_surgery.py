@@ -150,6 +150,20 @@ def test_export_loads_in_stock_transformers_with_equal_logits_and_cache(model_ty
         assert types == [original[origin] for origin in (0, 2, 3 if consolidation == "keep_bottom" else 4, 5)]
 
 
+def test_tied_embeddings_stay_tied(tmp_path):
+    """SmolLM2 and Llama-3.2 have them; the other pico Llama has not."""
+    model = pico_model(tie_word_embeddings=True)
+    surgery.apply(model, plan_for(model, MergeLayers(1, 4, "sum", "mean")))
+    with torch.inference_mode():
+        logits = model(input_ids=IDS).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    assert count_parameters(loaded) == count_parameters(model) < count_parameters(pico_model()) - 512 * 32
+    with torch.inference_mode():
+        assert torch.equal(loaded(input_ids=IDS).logits, logits)
+
+
 def test_layers_with_and_without_experts_keep_their_kind(tmp_path):
     model = pico_model("qwen3_moe")  # experts in layers 1 and 5
     kinds = [hasattr(layer.mlp, "experts") for layer in decoder_layers(model)]

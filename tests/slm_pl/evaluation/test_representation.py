@@ -55,6 +55,11 @@ def test_states_that_are_not_finite_name_layer_and_sample():
     model.model.layers[3].register_forward_hook(lambda module, args, output: output * float("inf"))
     with pytest.raises(FloatingPointError, match=r"On sample 0, layer 3 gives .*--model\.dtype bfloat16"):
         representation_similarity(model, IDS)
+    model = pico_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[IDS[1, 4]] = float("nan")
+    with pytest.raises(FloatingPointError, match="On sample 1, the embeddings give"):
+        representation_similarity(model, IDS)
 
 
 def test_too_short_a_sample_is_refused():
