@@ -34,9 +34,9 @@ class SlidingWindowMerging(CompressionCallback):
               init_args:
                 remove_layers: 6
 
-    As published: ``configs/parts/slm_published.yaml`` (``threshold: 0.72``, ``other_parameters: bottom``). That gives
-    the merged layer the norms of the window's *bottom* layer, which do not fit the projections of its top layer. On
-    SmolLM2-135M this ruins the model (README, "Which consolidation"), so ``top`` is the default here.
+    As published: ``configs/parts/slm_published.yaml`` (``threshold: 0.72``, ``other_parameters: bottom``), which gives
+    the merged layer the norms of the window's *bottom* layer. On SmolLM2-135M that ruins the model whatever the
+    projections (README, "Which consolidation"), so ``top`` is the default here.
 
     With θ_low … θ_high the parameters of the window's layers, a merged layer has the projections
 

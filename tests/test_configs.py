@@ -1,5 +1,6 @@
 """Every shipped configuration, and every command of the README, is one that the program takes."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -88,3 +89,39 @@ def test_readme_shows_the_row_names_of_the_report():
     for name in ("Decoder layers", "Parameters", "Latency, median", "Output tokens/s", "Peak memory"):
         assert name in README
         assert name in source
+
+
+@pytest.mark.parametrize("name", ["published", "sum", "mean", "keep_bottom", "cka"])
+def test_quickstart_of_each_variant_runs_from_yaml_alone(name, pico_dir, tmp_path, monkeypatch):
+    """As shipped, but for the model, the size and the place."""
+    monkeypatch.chdir(ROOT)
+    size = (
+        ["--trainer.callbacks.threshold", "-0.5"] if name == "published" else ["--trainer.callbacks.remove_layers", "2"]
+    )
+    place = ["--model.pretrained", str(pico_dir), "--trainer.default_root_dir", str(tmp_path)]
+    main(["test", "--config", f"configs/quickstart_{name}.yaml", *place, *size])
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
+    removed = sum(step["high"] - step["low"] for step in plan["steps"])
+    assert removed == (4 if name == "published" else 2)
+    assert results["model"]["num_layers"] == 6 - removed
+    assert results["perplexity"][0]["tokens"] == 32 * 127
+    assert (tmp_path / "search_trace.png").stat().st_size > 10_000
+    method = plan["method"]["init_args"]
+    expected = {
+        "published": ("keep_top", "bottom", "cosine"),
+        "sum": ("sum", "top", "cosine"),
+        "mean": ("mean", "mean", "cosine"),
+        "keep_bottom": ("keep_bottom", "bottom", "cosine"),
+        "cka": ("keep_top", "top", "cka"),
+    }
+    assert (method["consolidation"], method["other_parameters"], method["similarity"]) == expected[name]
+
+
+def test_quickstart_of_the_layer_comparison_runs_from_yaml_alone(pico_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    place = ["--model.pretrained", str(pico_dir), "--trainer.default_root_dir", str(tmp_path)]
+    main(["test", "--config", "configs/quickstart_similarity.yaml", *place])
+    record = json.loads((tmp_path / "representation_similarity.json").read_text())
+    assert (len(record["matrix"]), record["protocol"]["samples"]) == (6, 16)
+    assert record["protocol"]["text"] == "embedded_docstrings"
