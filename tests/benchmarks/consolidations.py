@@ -40,6 +40,11 @@ VARIANTS: list[Variant] = list(itertools.product(get_args(Consolidation), get_ar
 AUTHORS: Variant = ("keep_top", "bottom")
 
 
+def number(value: float) -> str:
+    """A perplexity, which may be astronomic."""
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}".replace("e+0", "e")
+
+
 class Study:
     """All measurements of one calibration text, one evaluation text and one set of sizes.
 
@@ -124,20 +129,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     sizes = [f"−{removed}" for removed in options.layers]
-    print(f"| projections | others | {' | '.join(f'perplexity {s}' for s in sizes)} |", end="")
-    print(f" {' | '.join(f'accuracy {s}' for s in sizes)} |")
-    print("|---|---|" + "---:|" * 2 * len(sizes))
-    flat = " | ".join([f"{dense['value']:.1f}"] * len(sizes))
-    percent = "{:.1f} ± {:.1f} %"
-    right = " | ".join([percent.format(100 * dense_accuracy["mean"], 100 * dense_accuracy["mean_stderr"])] * len(sizes))
-    print(f"| dense | | {flat} | {right} |")
+    print("| projections | others |", *(f" perplexity {s} |" for s in sizes), " geometric mean |", sep="", end="")
+    print(*(f" accuracy {s} |" for s in sizes), sep="")
+    print("|---|---|" + "---:|" * (2 * len(sizes) + 1))
+
+    def line(names: Sequence[str], results: list[dict[str, Any]], accuracies: list[dict[str, Any]] | None) -> None:
+        perplexities = [result["value"] for result in results]
+        perplexities.append(math.prod(perplexities) ** (1 / len(perplexities)))
+        cells = [number(value) for value in perplexities]
+        for place in range(len(sizes)):
+            result = None if accuracies is None else accuracies[place]
+            cells.append("–" if result is None else f"{100 * result['mean']:.1f} ± {100 * result['mean_stderr']:.1f} %")
+        print("| " + " | ".join([*names, *cells]) + " |")
+
+    line(["dense", ""], [dense] * len(sizes), [dense_accuracy] * len(sizes))
     for variant in ranked:
-        cells = [f"{r['value']:,.1f}" if r["value"] < 1000 else f"{r['value']:,.0f}" for r in values[variant]]
-        if variant in accuracy:
-            cells += [percent.format(100 * r["mean"], 100 * r["mean_stderr"]) for r in accuracy[variant]]
-        else:
-            cells += ["–"] * len(sizes)
-        print(f"| `{variant[0]}` | `{variant[1]}` | {' | '.join(cells)} |")
+        line([f"`{name}`" for name in variant], values[variant], accuracy.get(variant))
     return 0
 
 
