@@ -245,7 +245,7 @@ def test_unsupported_architecture(arguments, tmp_path, capsys):
     pico_tokenizer().save_pretrained(tmp_path / "gpt2")
     code, error = failure(capsys, ["prune", *arguments("--model.pretrained", str(tmp_path / "gpt2"))])
     assert code == 1
-    assert "model_type 'gpt2'; supported are llama" in error
+    assert "model_type 'gpt2'; supported are bloom, gemma2" in error
 
 
 def test_config_of_another_version_and_other_bad_configs(arguments, tmp_path, capsys):

@@ -49,7 +49,7 @@ class CKA:
     """Centered kernel alignment of the tokens' hidden states, with the minibatch estimator.
 
     The unbiased HSIC of each sample is averaged over the samples, then one ratio is formed (Nguyen et al. 2021,
-    arXiv 2010.15327, equations 2 and 3; a minibatch is the tokens of one sample)::
+    arXiv 2010.15327; a minibatch is the tokens of one sample)::
 
         CKA = mean HSIC(K, L) / sqrt(mean HSIC(K, K) · mean HSIC(L, L))
 
