@@ -1,10 +1,14 @@
 """The command line: ``fit``, ``validate``, ``test``, ``predict``, ``prune`` and ``compare``."""
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -137,6 +141,35 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Makes every Ctrl-C count.
+
+    Python only reports, and then forgets, what is raised in the callback of a weak reference or in ``__del__``. These
+    run whenever a tensor or a file is freed, right after the long calls in which an interrupt is likely to come. There,
+    it is sent again a moment later.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            code = frame.f_code
+            if code.co_name == "__del__" or os.path.basename(code.co_filename) in ("weakref.py", "_weakrefset.py"):
+                threading.Timer(0.02, os.kill, (os.getpid(), number)).start()
+                return
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line.
 
@@ -152,14 +185,15 @@ def main(args: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     quieten()
     try:
-        if given[:1] == ["compare"]:
-            options = compare_parser().parse_args(given[1:])
-            from slm_pl.report import compare
+        with interruptible():
+            if given[:1] == ["compare"]:
+                options = compare_parser().parse_args(given[1:])
+                from slm_pl.report import compare
 
-            compare(options.results, options.output_dir)
-        else:
-            check_config_version(given)
-            CLI(None if args is None else given)
+                compare(options.results, options.output_dir)
+            else:
+                check_config_version(given)
+                CLI(None if args is None else given)
     except (UsageError, FloatingPointError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from slm_pl.cli import main
+from slm_pl.cli import interruptible, main
 from tests.helpers.pico import pico_model
 from tests.helpers.tokenizer import pico_tokenizer
 
@@ -300,6 +301,40 @@ def run_in_a_process(args: list[str]) -> subprocess.Popen:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+@pytest.mark.parametrize("place", ["weak reference", "destructor", "open"])
+def test_interrupt_counts_wherever_it_comes(place):
+    """Python itself forgets an interrupt that comes in the callback of a weak reference or in __del__."""
+
+    class Freed:
+        def __del__(self):
+            if place == "destructor":
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+
+    def work() -> None:
+        freed = Freed()
+        known = weakref.WeakSet([freed])
+        if place == "weak reference":
+            # The set's own callback discards from a set; this one is interrupted there.
+            class Data(set):
+                def discard(self, item):
+                    signal.raise_signal(signal.SIGINT)
+                    super().discard(item)
+
+            known.data = Data(known.data)
+        del freed
+        if place == "open":
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(5)
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        work()
+    assert time.monotonic() - start < 4
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_interrupt_leaves_whole_checkpoints_and_no_export(arguments, tmp_path):
