@@ -122,13 +122,13 @@ class RepresentationSimilarity(PlanObserver, EarlyCheck):
             results.missing[MATRIX] = str(error)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Says so if there was nothing to compare."""
+        """Says so if there was nothing to compare, and forgets this run's text."""
         if _compresses(trainer) and not self._compared:
             rank_zero_warn(
                 "RepresentationSimilarity had nothing to do: no compression callback acted in this run. Use `test` to "
                 "compare the layers of a model as it is."
             )
-        self._compared = False
+        self._compared, self._samples, self._plan = False, None, None
 
     def _measure(
         self,
@@ -137,10 +137,8 @@ class RepresentationSimilarity(PlanObserver, EarlyCheck):
         names: tuple[str, str],
         windows: list[tuple[int, int]] | None,
     ) -> dict[str, bytes]:
-        model, plans = pl_module.load_model(), pl_module.plans
-        self.check(trainer)
-        samples = self._samples
-        assert samples is not None
+        model, plans, samples = pl_module.load_model(), pl_module.plans, self._samples
+        assert samples is not None  # `check` comes before any work
         matrix = representation_similarity(model, samples, self.kernel)
         groups = layer_groups(plans, plans[0].base.num_layers) if plans else [(row,) for row in range(len(matrix))]
         if len(groups) != len(matrix):  # the plans beside this model are not its own

@@ -252,3 +252,15 @@ def test_impossible_arguments(pico_dir, tmp_path):
     trainer = make_trainer(tmp_path, RepresentationSimilarity(plan_path=str(tmp_path / "none.json")))
     with pytest.raises(UsageError, match="There is no plan at"):
         trainer.test(make_module(pico_dir), datamodule=alpaca_data(tmp_path / "data"), verbose=False)
+
+
+def test_a_second_run_of_the_same_object_reads_its_own_text(pico_dir, tmp_path):
+    hook = RepresentationSimilarity()
+    records = []
+    for name, ids in (("a", IDS), ("b", IDS[:1])):
+        data = alpaca_data(tmp_path / name)
+        (tmp_path / name / "calibration.json").write_text(json.dumps(ids.tolist()))
+        make_trainer(tmp_path / name, hook).test(make_module(pico_dir), datamodule=data, verbose=False)
+        records.append(record_of(tmp_path / name)["protocol"])
+    assert [record["samples"] for record in records] == [2, 1]
+    assert records[0]["sha256"] != records[1]["sha256"]
