@@ -25,7 +25,7 @@ from slm_pl.compression.plan import (
     count_parameters,
     plan_name,
 )
-from slm_pl.data import AlpacaDataModule, CalibrationSet
+from slm_pl.data import AlpacaDataModule, CalibrationSet, CalibrationText
 from slm_pl.errors import UsageError
 from slm_pl.module import CausalLM
 from slm_pl.pictures import matrix_names, search_trace, trace_name
@@ -117,13 +117,19 @@ class CompressionCallback(pl.Callback, ABC):
         self.plan_path = plan_path
         self._applied: Plan | None = None
 
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether :meth:`plan` looks at calibration text; if not, none is read."""
+        return True
+
     @abstractmethod
     def plan(self, model: "PreTrainedModel", calibration: CalibrationSet) -> Plan:
         """Decides what to do; never changes the model.
 
         Args:
             model: A Hugging Face causal language model on the device to compute on, in eval mode.
-            calibration: Token ids; under several processes, this rank's share of them.
+            calibration: Token ids; under several processes, this rank's share of them. Empty for a method that does
+                not use them.
 
         Returns:
             The plan, equal on all ranks.
@@ -190,10 +196,11 @@ class CompressionCallback(pl.Callback, ABC):
     ) -> Plan:
         """Puts a decision together with everything it rests on."""
         text = calibration.text
+        seen = Calibration(text.source, text.samples, text.sequence_length, text.seed, calibration.sha256)
         return Plan(
             base=Base.of(model),
             method=Method(self.class_path, self.arguments()),
-            calibration=Calibration(text.source, text.samples, text.sequence_length, text.seed, calibration.sha256),
+            calibration=seen if self.uses_calibration else None,
             steps=tuple(steps),
             trace=tuple(trace),
             outcome=outcome,
@@ -212,6 +219,13 @@ class CompressionCallback(pl.Callback, ABC):
         if trainer.ckpt_path is not None and on_first_rank(trainer, run_plan.is_file):
             rank_zero_info(f"{type(self).__name__}: resuming with the plan in {run_plan}")
             return self._load(trainer, run_plan)
+        with on_its_device(trainer, pl_module) as model:
+            return self.plan(model, self._calibration(trainer))
+
+    def _calibration(self, trainer: pl.Trainer) -> CalibrationSet:
+        """This rank's share of the calibration text."""
+        if not self.uses_calibration:
+            return CalibrationSet.from_ids([], CalibrationText())
         datamodule = getattr(trainer, "datamodule", None)
         if not isinstance(datamodule, AlpacaDataModule):
             raise UsageError(
@@ -221,8 +235,7 @@ class CompressionCallback(pl.Callback, ABC):
         calibration = datamodule.calibration_batches()
         if trainer.world_size > 1:
             calibration = calibration.shard(trainer.global_rank, trainer.world_size)
-        with on_its_device(trainer, pl_module) as model:
-            return self.plan(model, calibration)
+        return calibration
 
 
 def _save(plan: Plan, directory: Path, number: int) -> None:

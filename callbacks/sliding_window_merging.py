@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Literal
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.base import CompressionCallback
-from slm_pl.compression.architecture import architecture_of, decoder_layers
+from slm_pl.compression.architecture import architecture_of, num_layers
 from slm_pl.compression.calibration import Layer, LayerReplay
-from slm_pl.compression.plan import Consolidation, JSONValue, MergeLayers, OtherParameters, Plan, count_parameters
+from slm_pl.compression.plan import Consolidation, JSONValue, MergeLayers, OtherParameters, Plan
 from slm_pl.compression.scores import CKA, LEAST_TOKENS, FlattenedCosine, Kernel, Similarity
 from slm_pl.compression.surgery import GrowingWindow, MergedLayer, check_consolidation, merge
+from slm_pl.compression.target import check_target, layers_to_remove
 from slm_pl.compression.windows import Window, cut_windows, search_threshold, search_windows
 from slm_pl.console import progress
 from slm_pl.data import CalibrationSet
@@ -76,19 +77,9 @@ class SlidingWindowMerging(CompressionCallback):
         plan_path: str | None = None,
     ) -> None:
         super().__init__(plan_path)
-        controls = {"threshold": threshold, "remove_layers": remove_layers, "ratio": ratio}
-        given = [f"{name}={value}" for name, value in controls.items() if value is not None]
-        if len(given) > 1 or (not given and plan_path is None):
-            raise UsageError(
-                f"SlidingWindowMerging got {' and '.join(given) or 'none of threshold, remove_layers and ratio'}; give "
-                "exactly one of threshold, remove_layers, ratio (or plan_path)."
-            )
+        check_target("SlidingWindowMerging", plan_path, threshold=threshold, remove_layers=remove_layers, ratio=ratio)
         if threshold is not None and not -1 < threshold <= 1:
             raise UsageError(f"threshold is {threshold}; a similarity threshold is in (-1, 1]. Published: 0.72.")
-        if remove_layers is not None and remove_layers < 1:
-            raise UsageError(f"remove_layers is {remove_layers}; give at least 1.")
-        if ratio is not None and not 0 < ratio < 1:
-            raise UsageError(f"ratio is {ratio}; it is a share of all parameters, in (0, 1). For 20 % give 0.2.")
         if skip_last < 0:
             raise UsageError(f"skip_last is {skip_last}; give 0 or more layers (published: 1).")
         if kernel != "linear" and similarity != "cka":
@@ -115,14 +106,14 @@ class SlidingWindowMerging(CompressionCallback):
         with progress("Searching windows") as advance:
             replay = LayerReplay(model, calibration)
             candidates = Candidates(model, replay, self.consolidation, self.other_parameters, similarity, advance)
-            num_layers = len(replay.layers)
+            total = len(replay.layers)
             if wanted is None:
                 assert self.threshold is not None
                 threshold = self.threshold
-                search = search_windows(candidates.score, num_layers, threshold, self.skip_last)
+                search = search_windows(candidates.score, total, threshold, self.skip_last)
                 runs = [(threshold, search)]
             else:
-                search, threshold, runs = search_threshold(candidates.score, num_layers, wanted, self.skip_last)
+                search, threshold, runs = search_threshold(candidates.score, total, wanted, self.skip_last)
         windows = search.windows if wanted is None else cut_windows(search.windows, wanted)
         if not windows:
             best = max(candidates.scores.values(), default=-1.0)
@@ -157,27 +148,16 @@ class SlidingWindowMerging(CompressionCallback):
 
     def _wanted(self, model: "PreTrainedModel") -> int | None:
         """How many layers to remove, or None if the threshold decides."""
-        layers = decoder_layers(model)
-        most = len(layers) - 1 - self.skip_last
+        total = num_layers(model)
+        most = total - 1 - self.skip_last
         if most < 1:
             raise UsageError(
-                f"The model has {len(layers)} layers and skip_last is {self.skip_last}: no window of two layers fits. "
+                f"The model has {total} layers and skip_last is {self.skip_last}: no window of two layers fits. "
                 "Lower skip_last."
             )
-        if self.ratio is not None:
-            wanted = round(self.ratio / layers_share(model, 1))
-            got = f"ratio {self.ratio} means {wanted} of {len(layers)} layers"
-        elif self.remove_layers is not None:
-            wanted = self.remove_layers
-            got = f"remove_layers is {wanted}, the model has {len(layers)} layers"
-        else:
+        if self.remove_layers is None and self.ratio is None:
             return None
-        if not 1 <= wanted <= most:
-            raise UsageError(
-                f"{got}; with skip_last {self.skip_last}, 1 to {most} layers can be removed "
-                f"(ratio {layers_share(model, 1):.3f} to {layers_share(model, most):.3f})."
-            )
-        return wanted
+        return layers_to_remove(model, self.remove_layers, self.ratio, most, f"with skip_last {self.skip_last}")
 
 
 class Candidates:
@@ -240,9 +220,3 @@ class Candidates:
             above = window_high + 1
         for layer in range(above, len(layers)):
             yield layer, layers[layer]
-
-
-def layers_share(model: "PreTrainedModel", removed: int) -> float:
-    """The share of all parameters in ``removed`` decoder layers of average size."""
-    layers = decoder_layers(model)
-    return removed * count_parameters(layers) / len(layers) / count_parameters(model)

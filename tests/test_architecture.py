@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A module may import those of its own and of lower levels. A later entry stands for the longer path.
 LEVELS = {
-    "slm_pl": 0,  # errors, files, console
+    "slm_pl": 0,  # errors, files, console, memory
     "slm_pl.compression": 1,
     "slm_pl.loading": 1,
     "slm_pl.data": 2,

@@ -7,6 +7,7 @@ To support another architecture, add one entry to :data:`ARCHITECTURES` and its 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from slm_pl.errors import UsageError
@@ -175,6 +176,18 @@ def final_hidden_state(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
         if module is not None:
             hidden = module(hidden)
     return hidden
+
+
+def logits(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
+    """What the language-model head makes of a final hidden state, scaled and capped as the model's forward does."""
+    values = model.get_output_embeddings()(hidden)
+    scaling = getattr(model.config, "logits_scaling", None)
+    if scaling is not None:
+        values = values / scaling
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap is not None:
+        values = torch.tanh(values / cap) * cap
+    return values
 
 
 def projection_names(architecture: Architecture) -> set[str]:

@@ -6,15 +6,16 @@ ever computed again, and no model is copied.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from slm_pl.compression.architecture import backbone, decoder_layers, final_hidden_state
+from slm_pl.compression.architecture import backbone, decoder_layers, final_hidden_state, logits
 from slm_pl.compression.scores import Similarity
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 Layer = Callable[..., Tensor | tuple[Tensor, ...]]
+Arguments = dict[str, object]
+"""Keyword arguments of a decoder layer."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,128 @@ class Capture:
     """One batch of the dense pass.
 
     Attributes:
+        ids: Token ids, ``[batch, tokens]``, on the model's device.
         inputs: The hidden state that each decoder layer received, ``[batch, tokens, hidden]``, by layer.
         arguments: The keyword arguments that the model passed to each layer (masks, position embeddings, …).
-        final: The final hidden state, after the final norm.
+        output: What the last decoder layer returned.
+        final: The final hidden state: ``output`` after the final norm.
     """
 
+    ids: Tensor
     inputs: list[Tensor]
-    arguments: list[dict[str, object]]
+    arguments: list[Arguments]
+    output: Tensor
     final: Tensor
+
+
+def capture(model: "PreTrainedModel", ids: Tensor, only_first: bool = False) -> Capture:
+    """Runs the dense model without its head and records what its decoder layers get.
+
+    Args:
+        model: A Hugging Face causal language model of a known architecture; it is only read.
+        ids: Token ids, ``[batch, tokens]``, on whatever device.
+        only_first: Keep the hidden state that the first layer received alone, not that of every layer.
+    """
+    layers = decoder_layers(model)
+    ids = ids.to(next(model.parameters()).device)
+    inputs: list[Tensor] = []
+    arguments: list[Arguments] = []
+
+    def record(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        # Returns None: a value would replace the arguments of the layer.
+        hidden, others = _split(args, kwargs)
+        if not (only_first and inputs):
+            inputs.append(hidden)
+        arguments.append(others)
+
+    outputs: list[Tensor] = []
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(lambda *call: outputs.append(first_of(call[-1]))))
+    try:
+        final = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Capture(ids, inputs, arguments, outputs[0], final)
+
+
+class _Reached(Exception):
+    """Carries what the first decoder layer received out of the model's forward."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def first_input(model: "PreTrainedModel", ids: Tensor) -> Tensor:
+    """What the first decoder layer receives, ``[batch, tokens, hidden]``; no decoder layer is run."""
+
+    def stop(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        raise _Reached(_split(args, kwargs)[0])
+
+    handle = decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        backbone(model)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    except _Reached as reached:
+        return reached.hidden
+    finally:
+        handle.remove()
+    raise AssertionError("the model did not call its first decoder layer")
+
+
+def _split(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor, Arguments]:
+    """The hidden state among a layer's arguments, and the keyword arguments beside it."""
+    others = dict(kwargs)
+    hidden = args[0] if args else others.pop("hidden_states")
+    assert isinstance(hidden, Tensor)
+    return hidden, others
+
+
+def batched(samples: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
+    """Puts ``size`` consecutive samples of equal length into each batch.
+
+    Args:
+        samples: Token ids, each ``[tokens]``.
+        size: Most samples of a batch.
+    """
+    batches: list[Tensor] = []
+    for _, run in groupby(samples, key=len):
+        equal = list(run)
+        batches += [torch.stack(equal[start : start + size]) for start in range(0, len(equal), size)]
+    return tuple(batches)
+
+
+def run_layers(
+    layers: Sequence[nn.Module], indices: Iterable[int], hidden: Tensor, arguments: Sequence[Arguments]
+) -> Tensor:
+    """Runs these of the model's decoder layers, in this order, each with the arguments the model gave it."""
+    for index in indices:
+        hidden = first_of(layers[index](hidden, **arguments[index]))
+    return hidden
+
+
+def token_losses(model: "PreTrainedModel", hidden: Tensor, ids: Tensor, logits_bytes: int = 64 * 2**20) -> Tensor:
+    """Cross-entropy of every next token, in nats, from the output of the last decoder layer.
+
+    The logits of a slice of the tokens at a time are in memory, in float32.
+
+    Args:
+        model: Lends its final norm and its language-model head.
+        hidden: Output of the last decoder layer, ``[batch, tokens, hidden]``.
+        ids: Token ids, ``[batch, tokens]``.
+        logits_bytes: Most bytes of the logits of one slice.
+
+    Returns:
+        ``[batch, tokens - 1]``, float32.
+    """
+    targets = ids[:, 1:].reshape(-1)
+    final = final_hidden_state(model, hidden[:, :-1]).reshape(len(targets), -1)
+    size = max(1, logits_bytes // (4 * model.config.get_text_config().vocab_size))
+    losses = [
+        nn.functional.cross_entropy(logits(model, part).float(), wanted, reduction="none")
+        for part, wanted in zip(final.split(size), targets.split(size), strict=True)
+    ]
+    return torch.cat(losses).view(len(ids), -1)
 
 
 class LayerReplay:
@@ -62,32 +179,11 @@ class LayerReplay:
         self.model = model
         self.layers: list[nn.Module] = list(decoder_layers(model))
         self.layer_forwards = len(self.layers)
-        device = next(model.parameters()).device
-        self.captures = [self._capture(model, batch.to(device)) for batch in batches]
+        self.captures = [capture(model, batch) for batch in batches]
         states = [[*(_finite(hidden) for hidden in c.inputs), _finite(c.final)] for c in self.captures]
         stages = ["the embeddings", *(f"layer {index}" for index in range(len(self.layers)))]
         stages[-1] += " or the final norm"
         mean_over_ranks([], _first_fault(states, stages, "of the dense model"))
-
-    def _capture(self, model: "PreTrainedModel", ids: Tensor) -> Capture:
-        inputs: list[Tensor] = []
-        arguments: list[dict[str, object]] = []
-
-        def record(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            # Returns None: a value would replace the arguments of the layer.
-            kwargs = dict(kwargs)
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            assert isinstance(hidden, Tensor)
-            inputs.append(hidden)
-            arguments.append(kwargs)
-
-        handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
-        try:
-            final = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-        finally:
-            for handle in handles:
-                handle.remove()
-        return Capture(inputs, arguments, final)
 
     @torch.inference_mode()
     def score(self, candidate: Iterable[tuple[int, Layer]], low: int, similarity: Similarity) -> float:
@@ -114,7 +210,7 @@ class LayerReplay:
         for origin, layer in candidate:
             origins.append(origin)
             for number, capture in enumerate(self.captures):
-                hidden[number] = _first(layer(hidden[number], **capture.arguments[origin]))
+                hidden[number] = first_of(layer(hidden[number], **capture.arguments[origin]))
                 states[number].append(_finite(hidden[number]))
             del layer  # before the next one is made
         self.layer_forwards += len(origins)
@@ -129,7 +225,7 @@ class LayerReplay:
         return similarity.combine(mean_over_ranks(values, _first_fault(states, stages, "of the candidate")))
 
 
-def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+def first_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """The hidden state among what a layer returns."""
     return output[0] if isinstance(output, tuple) else output
 
@@ -151,7 +247,7 @@ def _first_fault(states: list[list[Tensor]], stages: list[str], whose: str) -> F
         stages: Names of the stages, in order.
         whose: Which model.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
     sample = 0
     for batch in states:
         finite = torch.stack(batch).tolist()  # [stage][sample]
@@ -164,7 +260,8 @@ def _first_fault(states: list[list[Tensor]], stages: list[str], whose: str) -> F
     return None
 
 
-def _distributed() -> bool:
+def distributed() -> bool:
+    """Whether this process is one of several that work together."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -181,14 +278,14 @@ def mean_over_ranks(values: list[list[float]], fault: Fault | None = None) -> li
         FloatingPointError: On all ranks, if one of them has a fault or a number is not finite.
     """
     everything = [(values, fault)]
-    if _distributed():
+    if distributed():
         everything = [([], None)] * dist.get_world_size()
         dist.all_gather_object(everything, (values, fault))
     rows = [row for part, _ in everything for row in part]
     faults = [found for _, found in everything if found is not None]
     if not faults and all(math.isfinite(value) for row in rows for value in row):
         return [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
-    where = "The similarity of a sample is not a finite number"
+    where = "The score of a calibration sample is not a finite number"
     if faults:
         sample, what = min(faults)
         where = f"On calibration sample {sample}, {what} hidden states that are not finite"

@@ -137,3 +137,34 @@ def aligned(cross: float, first: float, second: float) -> float:
     if first <= 0 or second <= 0:
         return 0.0
     return max(-1.0, min(1.0, cross / (math.sqrt(first) * math.sqrt(second))))
+
+
+def block_influence(before: Tensor, after: Tensor) -> Tensor:
+    """How much a layer turns each token's hidden state: 1 − cosine (ShortGPT, arXiv 2403.03853, equation 1).
+
+    Args:
+        before: Input of the layer, ``[batch, tokens, hidden]``.
+        after: Its output, same shape.
+
+    Returns:
+        ``[batch, tokens]`` in [0, 2], float64.
+    """
+    return 1 - _cosine(before, after)
+
+
+def angular_distance(before: Tensor, after: Tensor) -> Tensor:
+    """Angle between hidden states as a share of a half turn (Gromov et al., arXiv 2403.17887, equation 7).
+
+    Args:
+        before: ``[batch, hidden]``.
+        after: Same shape.
+
+    Returns:
+        ``[batch]`` in [0, 1], float64.
+    """
+    return _cosine(before, after).acos() / math.pi
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    # Rounding may give 1 + 2e-16, which has no angle.
+    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).clamp(-1, 1)

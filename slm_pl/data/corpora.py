@@ -5,12 +5,12 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from slm_pl.compression.calibration import batched
 from slm_pl.data.embedded import topic_texts
 from slm_pl.data.readers import read_column, read_json, read_text, text_suffix
 from slm_pl.errors import UsageError
@@ -113,7 +113,7 @@ class CalibrationSet:
         """Batch samples (``text.batch_size`` consecutive ones of equal length) and hash them."""
         digest = hashlib.sha256(json.dumps([list(sample) for sample in ids], separators=(",", ":")).encode())
         samples = [torch.tensor(sample, dtype=torch.int64) for sample in ids]
-        return cls(_batched(samples, text.batch_size), text, digest.hexdigest(), min(map(len, samples), default=0))
+        return cls(batched(samples, text.batch_size), text, digest.hexdigest(), min(map(len, samples), default=0))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self.batches)
@@ -132,15 +132,7 @@ class CalibrationSet:
         The shard is empty where there are more ranks than samples.
         """
         samples = [sample for batch in self.batches for sample in batch]
-        return replace(self, batches=_batched(samples[rank::world_size], self.text.batch_size))
-
-
-def _batched(samples: Sequence[torch.Tensor], batch_size: int) -> tuple[torch.Tensor, ...]:
-    batches: list[torch.Tensor] = []
-    for _, run in groupby(samples, key=len):
-        equal = list(run)
-        batches += [torch.stack(equal[start : start + batch_size]) for start in range(0, len(equal), batch_size)]
-    return tuple(batches)
+        return replace(self, batches=batched(samples[rank::world_size], self.text.batch_size))
 
 
 def load_calibration(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase") -> CalibrationSet:

@@ -37,7 +37,6 @@ import platform
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -50,8 +49,6 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from callbacks import SlidingWindowMerging
 from slm_pl.compression.plan import MergeLayers, OtherParameters, Plan
@@ -59,6 +56,7 @@ from slm_pl.console import progress
 from slm_pl.data import CalibrationSet, CalibrationText, load_calibration
 from slm_pl.errors import UsageError
 from slm_pl.loading import load_model, load_tokenizer, resolve
+from slm_pl.memory import TensorBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -339,46 +337,6 @@ class Stopwatch:
 
 
 # Memory.
-
-
-class TensorBytes(TorchDispatchMode):
-    """Adds up the storages of the tensors that operators make, for as long as they live.
-
-    Args:
-        model: Its parameters and buffers, and views of them, do not count.
-
-    Attributes:
-        live: Bytes now.
-        peak: Most bytes so far.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self._known:
-                    self._known.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        return result
-
-    def _free(self, key: int, nbytes: int) -> None:
-        self._known.remove(key)
-        self.live -= nbytes
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from slm_pl.compression.windows import Window, search_windows
 from slm_pl.data import CalibrationSet, CalibrationText, load_calibration
 from slm_pl.evaluation.representation import representation_similarity
 from slm_pl.loading import load_model, load_tokenizer, resolve
-from tests.benchmarks.search import MODEL, Check, TensorBytes, console, environment
+from slm_pl.memory import TensorBytes
+from tests.benchmarks.search import MODEL, Check, console, environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

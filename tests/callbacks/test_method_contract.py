@@ -26,12 +26,28 @@ METHODS = sorted(
 )
 # How to ask each method for a model two layers smaller, in every variant that changes weights differently.
 ARGUMENTS = {
+    "BlockInfluence": [
+        {"remove_layers": 2, "distance": "cosine"},
+        {"remove_layers": 2, "distance": "angular"},
+    ],
+    "LayerRemoval": [
+        {"layers": [4, 1]},
+        {"order": "reverse", "remove_layers": 2},
+        {"order": "random", "remove_layers": 2},
+    ],
+    "SLEB": [{"remove_layers": 2}],
+    "ShortenedLLaMA": [
+        {"remove_layers": 2, "criterion": "perplexity", "protect_first": 1, "protect_last": 1},
+        {"remove_layers": 2, "criterion": "taylor", "protect_first": 1, "protect_last": 1},
+        {"remove_layers": 2, "criterion": "taylor", "protect_first": 0, "one_shot": False, "per_sample": True},
+        {"remove_layers": 2, "criterion": "magnitude", "protect_first": 1, "norm_power": 2},
+    ],
     "SlidingWindowMerging": [
         {"remove_layers": 2, "consolidation": "keep_top", "other_parameters": "top"},
         {"remove_layers": 2, "consolidation": "keep_bottom", "other_parameters": "bottom"},
         {"remove_layers": 2, "consolidation": "sum", "other_parameters": "mean", "similarity": "cka"},
         {"remove_layers": 2, "consolidation": "mean", "other_parameters": "mean"},
-    ]
+    ],
 }
 VARIANTS = [(method, arguments) for method in METHODS for arguments in ARGUMENTS[method.__name__]]
 VARIANT_NAMES = [f"{method.__name__}-{'-'.join(map(str, arguments.values()))}" for method, arguments in VARIANTS]
@@ -62,6 +78,8 @@ def test_signature_is_the_configuration(method):
 def test_plan_decides_and_surgery_makes_a_model_that_loads_anywhere(method, arguments, model_type, tmp_path):
     model = pico_model(model_type)
     before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.get_input_embeddings().weight.requires_grad_(False)
+    trainable = [p.requires_grad for p in model.parameters()]
     callback = method(**arguments)
     if model_type in WITH_EXPERTS and arguments.get("consolidation") in ("sum", "mean"):
         with pytest.raises(UsageError, match="has experts"):
@@ -70,11 +88,16 @@ def test_plan_decides_and_surgery_makes_a_model_that_loads_anywhere(method, argu
     with torch.no_grad():
         plan = callback.plan(model, CALIBRATION)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert callback.plan(model, CALIBRATION).to_json() == plan.to_json()
     assert Plan.from_dict(json.loads(plan.to_json()), "the plan") == plan
     assert plan.base.num_layers == 6
-    assert plan.calibration.sha256 == CALIBRATION.sha256
-    assert plan.trace
+    assert (plan.calibration and plan.calibration.sha256) == (CALIBRATION.sha256 if callback.uses_calibration else None)
+    assert bool(plan.trace) == (method is not callbacks.LayerRemoval)  # which tries nothing
+    assert plan.outcome["removed_layers"] == 2
+    assert {name: plan.method.init_args[name] for name in arguments} == arguments
 
     surgery.apply(model, plan)
     assert model.config.num_hidden_layers == 4

@@ -1,0 +1,165 @@
+"""Shortened LLaMA: one-shot removal of unimportant blocks (arXiv 2402.02834)."""
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from callbacks.base import CompressionCallback
+from slm_pl.compression.architecture import num_layers
+from slm_pl.compression.importance import magnitude, taylor
+from slm_pl.compression.plan import DropLayers, JSONValue, Plan
+from slm_pl.compression.removal import RemovalSweep
+from slm_pl.compression.target import check_memory_budget, check_protected, check_target, removable_layers
+from slm_pl.console import progress
+from slm_pl.data import CalibrationSet
+from slm_pl.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Row = dict[str, JSONValue]
+_SCORES = {
+    "perplexity": "perplexity without the layer",
+    "taylor": "sum of |w · dL/dw|^p",
+    "magnitude": "sum of |w|^p",
+}
+
+
+class ShortenedLLaMA(CompressionCallback):
+    """Removes the decoder layers of least importance, all at once.
+
+    Shortened LLaMA, https://arxiv.org/abs/2402.02834 (section 3). The importance of a layer is one of
+
+    * ``perplexity``: of the calibration text without the layer (equation 4);
+    * ``taylor``: Σ |S|^p over the layer's weights with S = w · ∂L/∂w, where L is the mean cross-entropy of the whole
+      calibration set. Samples may cancel in S; with ``per_sample`` they cannot: the mean over the samples of the sum
+      with each sample's own L (equation 3);
+    * ``magnitude``: Σ |w|^p over the layer's weights (equation 2); no calibration text is read.
+
+    Exactly one of ``remove_layers`` and ``ratio`` is given::
+
+        trainer:
+          callbacks:
+            - class_path: callbacks.ShortenedLLaMA
+              init_args: {criterion: taylor, remove_layers: 6}
+
+    The first four and the last two layers stay, as in the authors' program (its "+" heuristic); their scores are in the
+    trace nevertheless. A trace row of ``taylor`` and ``magnitude`` also holds the score of every tensor.
+
+    ``taylor`` needs, above the weights, the inputs of all layers (layers × samples × tokens × hidden elements; of one
+    sample with ``per_sample``), one layer's activations and one layer's gradients: each gradient is scored and freed as
+    soon as it is there, and layers are run again in the backward pass (gradient checkpointing).
+
+    Args:
+        criterion: The importance.
+        remove_layers: Remove exactly so many layers.
+        ratio: Remove this share of all parameters, to the nearest whole layer; in (0, 1).
+        protect_first: So many layers at the bottom stay.
+        protect_last: So many layers at the top stay.
+        one_shot: Score the whole model once; else remove one layer at a time and score what is left again.
+        norm_power: p, of ``taylor`` and ``magnitude``.
+        per_sample: Of ``taylor``: take the absolute value for each sample by itself.
+        memory_budget: Of ``perplexity``: GiB of hidden states, activations and logits beside the weights; the
+            calibration set goes through in chunks that fit.
+        plan_path: Apply this ``plan.json`` and do not search.
+
+    Raises:
+        UsageError: If not exactly one of the two controls is given, or an argument is out of range or has no meaning
+            for the criterion.
+    """
+
+    def __init__(
+        self,
+        criterion: Literal["perplexity", "taylor", "magnitude"] = "perplexity",
+        remove_layers: int | None = None,
+        ratio: float | None = None,
+        protect_first: int = 4,
+        protect_last: int = 2,
+        one_shot: bool = True,
+        norm_power: Literal[1, 2] = 1,
+        per_sample: bool = False,
+        memory_budget: float = 2.0,
+        plan_path: str | None = None,
+    ) -> None:
+        super().__init__(plan_path)
+        check_target("ShortenedLLaMA", plan_path, remove_layers=remove_layers, ratio=ratio)
+        check_protected(protect_first, protect_last)
+        check_memory_budget(memory_budget)
+        if criterion not in ("perplexity", "taylor", "magnitude"):
+            raise UsageError(f"criterion is {criterion!r}; allowed are perplexity, taylor and magnitude.")
+        if norm_power not in (1, 2):
+            raise UsageError(f"norm_power is {norm_power}; allowed are 1 and 2.")
+        if norm_power != 1 and criterion == "perplexity":
+            raise UsageError("norm_power is of taylor and magnitude; criterion perplexity has none. Leave it out.")
+        if per_sample and criterion != "taylor":
+            raise UsageError(f"per_sample is of criterion taylor; criterion is {criterion}. Leave it out.")
+        self.criterion = criterion
+        self.remove_layers = remove_layers
+        self.ratio = ratio
+        self.protect_first = protect_first
+        self.protect_last = protect_last
+        self.one_shot = one_shot
+        self.norm_power = norm_power
+        self.per_sample = per_sample
+        self.memory_budget = memory_budget
+
+    @property
+    def uses_calibration(self) -> bool:
+        """All but ``magnitude`` do."""
+        return self.criterion != "magnitude"
+
+    def plan(self, model: "PreTrainedModel", calibration: CalibrationSet) -> Plan:
+        """Scores the layers and takes the least important; see the class."""
+        candidates, wanted = removable_layers(
+            model, self.remove_layers, self.ratio, self.protect_first, self.protect_last
+        )
+        kept = list(range(num_layers(model)))
+        order: list[int] = []
+        trace: list[Row] = []
+        outcome: Row = {"score": _SCORES[self.criterion]}
+        if self.criterion == "perplexity":
+            with progress("Measuring the dense model") as advance:
+                sweep = RemovalSweep(model, calibration, self.memory_budget, advance)
+            outcome["dense_score"] = _perplexity(sweep.dense)
+        for phase in range(1 if self.one_shot else wanted):
+            # The first phase also shows how important the protected layers are.
+            scored = candidates if phase else kept
+            if self.criterion == "perplexity":
+                scores = _without_each(sweep, kept, scored)
+            else:
+                scores = self._of_weights(model, calibration, kept, scored)
+            ranked = sorted(candidates, key=lambda layer: (scores[layer]["score"], layer))  # noqa: B023  used at once
+            gone = ranked[: wanted if self.one_shot else 1]
+            for layer in scored:
+                place: Row = {"removed": layer in gone, "protected": layer not in candidates}
+                trace.append({"phase": phase, "layer": layer, **scores[layer], **place})
+            order += gone
+            kept = [layer for layer in kept if layer not in gone]
+            candidates = [layer for layer in candidates if layer not in gone]
+        outcome |= {"order": list(order), "removed_layers": wanted}
+        if self.criterion == "perplexity":
+            outcome |= {"layer_forwards": sweep.layer_forwards, "head_forwards": sweep.head_forwards}
+        return self.make_plan(model, calibration, [DropLayers(tuple(sorted(order)))], trace, outcome)
+
+    def _of_weights(
+        self, model: "PreTrainedModel", calibration: CalibrationSet, kept: list[int], scored: list[int]
+    ) -> dict[int, Row]:
+        """By layer, the importance and what each tensor adds to it."""
+        if self.criterion == "magnitude":
+            tensors = magnitude(model, scored, self.norm_power)
+        else:
+            passes = calibration.samples if self.per_sample else 1
+            with progress("Taking gradients", passes * len(kept)) as advance:
+                tensors = taylor(model, calibration, kept, self.norm_power, self.per_sample, advance)
+        return {layer: {"score": math.fsum(tensors[layer].values()), "tensors": {**tensors[layer]}} for layer in scored}
+
+
+def _without_each(sweep: RemovalSweep, kept: list[int], scored: list[int]) -> dict[int, Row]:
+    """By layer, the perplexity without it."""
+    with progress("Removing each layer", sweep.chunks * len(scored)) as advance:
+        losses = sweep.score(kept, scored, advance)
+    return {layer: {"score": _perplexity(loss)} for layer, loss in losses.items()}
+
+
+def _perplexity(loss: float) -> float:
+    """Of a mean cross-entropy in nats; a ruined model's may be beyond all numbers."""
+    return math.exp(min(loss, 700.0))
