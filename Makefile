@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 QUICKSTART := $(BIN)/python main.py
+METHODS := slm sleb shortened_perplexity shortened_taylor shortened_magnitude block_influence angular reverse random
 
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart compare-methods test lint bench clean
 
 help:  ## Show this help
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 install: $(VENV)/.installed  ## Install into .venv, with the tested versions and the quickstart's model
 
@@ -29,6 +30,12 @@ quickstart: install  ## Prune SmolLM2-135M from 30 to 24 layers, recover, export
 	    --model.pretrained $(RUN)/recovered/export --trainer.default_root_dir $(RUN)/recovered
 	$(QUICKSTART) compare $(RUN)/*/results.json
 
+compare-methods: install  ## Prune SmolLM2-135M from 30 to 24 layers with every depth method, measure, compare
+	$(QUICKSTART) test --config configs/quickstart_dense.yaml --overwrite --trainer.default_root_dir runs/methods/dense
+	set -e; for method in $(METHODS); do \
+	    $(QUICKSTART) test --config configs/quickstart_$$method.yaml --overwrite; done
+	$(QUICKSTART) compare runs/methods/dense/results.json $(METHODS:%=runs/methods/%/results.json)
+
 test: install  ## Run the tests
 	$(BIN)/python -m pytest
 
@@ -40,6 +47,7 @@ lint: install  ## Check style and types
 bench: install  ## Run the benchmarks (minutes)
 	$(BIN)/python -m tests.benchmarks.search
 	$(BIN)/python -m tests.benchmarks.variants
+	$(BIN)/python -m tests.benchmarks.depth
 
 clean:  ## Remove runs and caches
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

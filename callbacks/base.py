@@ -28,7 +28,7 @@ from slm_pl.compression.plan import (
 from slm_pl.data import AlpacaDataModule, CalibrationSet, CalibrationText
 from slm_pl.errors import UsageError
 from slm_pl.module import CausalLM
-from slm_pl.pictures import matrix_names, search_trace, trace_name
+from slm_pl.pictures import matrix_names, trace_names, trace_pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -241,8 +241,7 @@ class CompressionCallback(pl.Callback, ABC):
 def _save(plan: Plan, directory: Path, number: int) -> None:
     """Writes a plan and its picture; what an earlier run drew of another plan goes."""
     plan.save(directory / plan_name(number))
-    for name in (trace_name(number), *matrix_names(number)):
+    for name in (*trace_names(number), *matrix_names(number)):
         (directory / name).unlink(missing_ok=True)
-    picture = search_trace(plan)
-    if picture is not None:
-        files.write_bytes(directory / trace_name(number), picture)
+    for name, picture in trace_pictures(plan, number).items():
+        files.write_bytes(directory / name, picture)

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Row = dict[str, JSONValue]
-_SCORES = {
-    "perplexity": "perplexity without the layer",
-    "taylor": "sum of |w · dL/dw|^p",
-    "magnitude": "sum of |w|^p",
-}
 
 
 class ShortenedLLaMA(CompressionCallback):
@@ -115,7 +110,13 @@ class ShortenedLLaMA(CompressionCallback):
         kept = list(range(num_layers(model)))
         order: list[int] = []
         trace: list[Row] = []
-        outcome: Row = {"score": _SCORES[self.criterion]}
+        power = "" if self.norm_power == 1 else "²"
+        scores_of = {
+            "perplexity": "perplexity without the layer",
+            "taylor": f"sum of |w · ∂L/∂w|{power}",
+            "magnitude": f"sum of |w|{power}",
+        }
+        outcome: Row = {"score": scores_of[self.criterion]}
         if self.criterion == "perplexity":
             with progress("Measuring the dense model") as advance:
                 sweep = RemovalSweep(model, calibration, self.memory_budget, advance)

@@ -89,7 +89,7 @@ class SLEB(CompressionCallback):
                 kept.remove(gone)
                 candidates.remove(gone)
         outcome: dict[str, JSONValue] = {
-            "score": "negative log-likelihood per token without the layer",
+            "score": "negative log-likelihood without the layer, nats per token",
             "dense_score": sweep.dense,
             "order": list(order),
             "removed_layers": wanted,

@@ -10,7 +10,7 @@ from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.plan import MergeLayers, Plan, Step, count_parameters, load_plans, save_plans
 from slm_pl.console import LOAD_EXAMPLE
 from slm_pl.loading import load_model, load_tokenizer, resolve
-from slm_pl.pictures import search_trace, trace_name
+from slm_pl.pictures import IMPORTANCE, TRACE, trace_pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,8 +46,10 @@ def save_compressed(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         save_plans(plans, temporary)
-        drawn = {trace_name(number): search_trace(plan) for number, plan in enumerate(plans, start=1)}
-        shown = {name: content for name, content in {**drawn, **(figures or {})}.items() if content is not None}
+        shown: dict[str, bytes] = {}
+        for number, plan in enumerate(plans, start=1):
+            shown |= trace_pictures(plan, number)
+        shown |= figures or {}
         for name, content in shown.items():
             (temporary / name).write_bytes(content)
         pictures = [name for name in shown if name.endswith(".png")]
@@ -73,6 +75,9 @@ def load_compressed(
 def public_name(pretrained: str) -> str:
     """What may be told of a path: its last part, since an export is made to be shared."""
     return Path(pretrained).name if Path(pretrained).exists() else pretrained
+
+
+_ALT_TEXTS = {TRACE: "Every try of the search", IMPORTANCE: "The score of every layer"}
 
 
 def _describe(step: Step) -> str:
@@ -106,7 +111,7 @@ def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool, pi
     else:
         lines += [f"`{public_name(model.config._name_or_path)}`, {parameters:,} parameters; no plan was applied."]
     for picture in pictures:
-        what = "Every try of the search" if picture.startswith("search_trace") else "How alike the layers were before"
+        what = _ALT_TEXTS.get(picture.partition(".")[0], "How alike the layers were before")
         lines += ["", f"![{what}]({picture})"]
     lines += ["", "```python", LOAD_EXAMPLE.format(path="."), "```", ""]
     lines += [

@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from slm_pl.compression.plan import JSONValue, MergeLayers, Plan
+from slm_pl.compression.plan import DropLayers, JSONValue, MergeLayers, Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,9 +24,24 @@ MATRIX = "representation_similarity"
 _LARGEST = 8 * 2**20  # bytes of a figure that is carried on
 
 
-def trace_name(number: int) -> str:
-    """File name of the picture of a model's first, second, … plan."""
-    return "search_trace.png" if number == 1 else f"search_trace.{number}.png"
+TRACE, IMPORTANCE = "search_trace", "block_importance"
+"""Names of the picture of a plan: of a search over windows, or of the scores of single layers."""
+
+
+def trace_names(number: int) -> tuple[str, str]:
+    """File names that the picture of a model's first, second, … plan may have."""
+    end = ".png" if number == 1 else f".{number}.png"
+    return TRACE + end, IMPORTANCE + end
+
+
+def trace_pictures(plan: Plan, number: int) -> dict[str, bytes]:
+    """Draws what a plan's trace holds.
+
+    Returns:
+        A PNG by its file name as the picture of the model's plan of this number; nothing for an empty trace.
+    """
+    drawn = zip(trace_names(number), (search_trace(plan), block_importance(plan)), strict=True)
+    return {name: picture for name, picture in drawn if picture is not None}
 
 
 def matrix_names(number: int) -> tuple[str, str]:
@@ -162,6 +179,170 @@ def _draw_windows(
     _plain(axes)
 
 
+@dataclass(frozen=True)
+class _Score:
+    """One candidate of one phase."""
+
+    phase: int
+    layer: int
+    value: float
+    removed: bool
+    protected: bool
+    last: int
+
+
+def _score_of(row: dict[str, JSONValue]) -> _Score | None:
+    """A row of a trace, which may come from a stranger's file; None if it is not the score of a layer."""
+    phase, layer, value = row.get("phase", 0), row.get("layer"), row.get("score")
+    last = row.get("high", layer)
+    if type(phase) is not int or type(layer) is not int or type(last) is not int:
+        return None
+    if not (0 <= phase < 10_000 and 0 <= layer <= last < 10_000):
+        return None
+    if not isinstance(value, float | int) or not abs(value) < 1e300:
+        return None
+    return _Score(phase, layer, float(value), row.get("removed") is True, row.get("protected") is True, last)
+
+
+def block_importance(plan: Plan) -> bytes | None:
+    """Draws the score of every candidate layer as bars: the less, the less the model misses it.
+
+    Where layers went one after another, the bars are of the first phase, the numbers on them say in which order layers
+    went, and a map below shows every candidate's score in every phase.
+
+    Returns:
+        A PNG, or None if the plan's trace does not hold scores of layers.
+    """
+    scores = [score for score in map(_score_of, plan.trace) if score is not None]
+    if not scores:
+        return None
+    start = min(score.phase for score in scores)
+    first = [score for score in scores if score.phase == start]
+    later = [score for score in scores if score.phase != start]
+    dense = plan.outcome.get("dense_score")
+    base, cap = _bar_range([score.value for score in first], cast(float, dense) if _is_number(dense) else None)
+    dropped = [layer for step in plan.steps if isinstance(step, DropLayers) for layer in step.layers]
+    with _plain_text():
+        width = max(6.5, min(14.0, 2.0 + 0.26 * len(first)))
+        figure = _figure(width, 5.6 if later else 3.8)
+        if later:
+            above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+            _draw_phases(below, scores)
+        else:
+            above = below = figure.subplots()
+        order = {score.layer: number for number, score in enumerate((s for s in scores if s.removed), 1)}
+        _draw_bars(above, first, dropped, order if later else {}, base, cap)
+        if _is_number(dense):
+            above.axhline(base, color=_GREY, linewidth=1, label=f"dense {base:.4g}")
+        what = _shortened(str(plan.outcome.get("score", "score")), 60)
+        if base and not _is_number(dense):
+            what += " (axis does not begin at 0)"
+        above.set_ylabel(textwrap.fill(what, 34), fontsize=9)
+        above.legend(fontsize=8, frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+        runs = any(score.last != score.layer for score in first)
+        length = first[0].last - first[0].layer + 1
+        below.set_xlabel(f"first of {length} decoder layers" if runs else "decoder layer", fontsize=9)
+        name = plan.method.class_path.rpartition(".")[2]
+        how = next(
+            (plan.method.init_args[key] for key in ("criterion", "distance") if key in plan.method.init_args), ""
+        )
+        left = plan.base.num_layers - len(dropped)
+        _title(figure, f"{name}{f' ({how})' if how else ''}: {plan.base.num_layers} → {left} layers")
+        return _png(figure)
+
+
+def _is_number(value: JSONValue) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _bar_range(values: list[float], dense: float | None) -> tuple[float, float]:
+    """Where bars begin, and where those that are far longer than most are cut off."""
+    lowest, highest = min(values), max(values)
+    base = 0.0 if dense is None else dense
+    if dense is None and lowest > 0 and highest < 1.5 * lowest:
+        base = lowest - 0.25 * (highest - lowest)  # they differ by less than could be seen from 0
+    usual = sorted(value - base for value in values)[int(0.75 * (len(values) - 1))]
+    cap = highest if usual <= 0 or highest - base < 3 * usual else base + 1.6 * usual
+    return base, cap
+
+
+def _draw_bars(
+    axes: "Axes", scores: list[_Score], dropped: list[int], order: dict[int, int], base: float, cap: float
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    runs = any(score.last != score.layer for score in scores)
+
+    def kind(score: _Score) -> str:
+        if score.removed if runs else score.layer in dropped:
+            return "removed"
+        return "protected" if score.protected else "kept"
+
+    colours = {"removed": _REJECTED, "kept": _ACCEPTED, "protected": "#BBBBBB"}
+    for name, colour in colours.items():
+        own = [score for score in scores if kind(score) == name]
+        if own:
+            heights = [min(score.value, cap) - base for score in own]
+            axes.bar([s.layer for s in own], heights, bottom=base, color=colour, width=0.8, label=name)
+    for score in scores:
+        if score.value > cap:
+            text = f"{score.value:,.4g}" if score.value < 1e4 else f"{score.value:.0e}".replace("e+0", "e")
+            axes.annotate(
+                f"{text} ↑",
+                (score.layer, cap),
+                xytext=(0, -3),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                rotation=90,
+                fontsize=7,
+                color="white",
+                fontweight="bold",
+            )
+        elif score.layer in order:
+            axes.annotate(
+                str(order[score.layer]),
+                (score.layer, max(score.value, base)),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=_REJECTED,
+            )
+    lowest = min(base, *(score.value for score in scores))
+    room = 0.08 * (cap - lowest) or 1.0
+    axes.set_ylim(lowest - (room if lowest < base else 0), cap + room)
+    layers = [score.layer for score in scores]
+    axes.set_xlim(min(layers) - 0.8, max(layers) + 0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
+    _plain(axes)
+
+
+def _draw_phases(axes: "Axes", scores: list[_Score]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    phases = sorted({score.phase for score in scores})
+    least = {phase: min(score.value for score in scores if score.phase == phase) for phase in phases}
+    last = max(score.layer for score in scores)
+    grid = [[float("nan")] * (last + 1) for _ in phases]
+    for score in scores:
+        grid[phases.index(score.phase)][score.layer] = score.value - least[score.phase]
+    # Colours are for the candidates that are close; the ruinous ones share the last.
+    usual = sorted(score.value - least[score.phase] for score in scores)[int(0.75 * (len(scores) - 1))]
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=usual or None, interpolation="nearest")
+    gone = [score for score in scores if score.removed]
+    rows = [phases.index(score.phase) for score in gone]
+    axes.scatter([score.layer for score in gone], rows, marker="x", s=28, color=_REJECTED, linewidths=2)
+    axes.set_ylabel("phase", fontsize=9)
+    axes.set_yticks(range(len(phases)), [str(phase + 1) for phase in phases])
+    if len(phases) > 12:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, aspect=12, extend="max")
+    bar.set_label("above the phase's least", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    _plain(axes)
+
+
 def similarity_matrix(
     matrix: Sequence[Sequence[float]], labels: Sequence[str], windows: Sequence[tuple[int, int]], title: str
 ) -> bytes:
@@ -217,9 +398,12 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _title(figure: "Figure", text: str) -> None:
-    most = int(figure.get_figwidth() * 11)  # characters in a line
-    shown = text if len(text) <= most else text[: most - 1] + "…"
+    shown = _shortened(text, int(figure.get_figwidth() * 11))  # characters in a line
     figure.suptitle(shown, fontsize=10, fontweight="bold", x=0.01, ha="left")
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _plain(axes: "Axes") -> None:

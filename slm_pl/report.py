@@ -1,4 +1,7 @@
-"""A comparison as a table on the terminal, ``comparison.md``, ``comparison.json`` and ``comparison.png``."""
+"""A comparison as a table on the terminal, ``comparison.md``, ``comparison.json`` and ``comparison.png``.
+
+Where perplexity and speed of several models compare, ``pareto.png`` shows what each pays for its speed.
+"""
 
 import dataclasses
 import io
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def compare(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
-    """Prints results.json files side by side and writes comparison.md, comparison.json and comparison.png.
+    """Prints results.json files side by side and writes comparison.md, .json and .png, and pareto.png.
 
     Args:
         paths: The results.json files; a dense baseline (without a plan) is put first, the others stay in this order.
@@ -32,11 +35,21 @@ def compare(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
         UsageError: If a file cannot be read, or the output not be written.
     """
     comparison = line_up(paths, output_dir)
-    write_text(comparison.output_dir / "comparison.md", _markdown(comparison))
-    write_text(comparison.output_dir / "comparison.json", _as_json(comparison))
-    write_bytes(comparison.output_dir / "comparison.png", _picture(comparison))
-    _print(comparison)
+    directory = comparison.output_dir
+    pareto = _pareto(comparison)
+    write_text(directory / "comparison.md", _markdown(comparison, pareto is not None))
+    write_text(directory / "comparison.json", _as_json(comparison))
+    write_bytes(directory / "comparison.png", _picture(comparison))
+    if pareto is None:
+        (directory / PARETO).unlink(missing_ok=True)  # of other models, by an earlier run
+    else:
+        write_bytes(directory / PARETO, pareto)
+    _print(comparison, pareto is not None)
     return comparison
+
+
+PARETO = "pareto.png"
+_WIDEST = 5  # models beside each other; more stand below each other
 
 
 def _number(value: float, quantity: Quantity) -> str:
@@ -70,8 +83,18 @@ def _text(cell: Cell, quantity: Quantity) -> str:
     return text
 
 
+def _table(comparison: Comparison) -> tuple[list[str], list[list[str]], list[str]]:
+    """Heads of the columns, the lines, and the footnotes that dashes refer to; many models are a line each."""
+    lines, notes = _texts(comparison)
+    if len(comparison.labels) <= _WIDEST:
+        return ["", *comparison.labels], lines, notes
+    titles = [line[0] for line in lines]
+    models = [[label, *cells] for label, *cells in zip(comparison.labels, *(line[1:] for line in lines), strict=True)]
+    return ["", *titles], models, notes
+
+
 def _texts(comparison: Comparison) -> tuple[list[list[str]], list[str]]:
-    """The table's lines, title first, and the footnotes that its dashes refer to."""
+    """The quantities' lines, title first, and the footnotes that their dashes refer to."""
     notes: list[str] = []
     lines = []
     for row in comparison.rows:
@@ -97,21 +120,22 @@ def _environment_line(label: str, record: Results) -> str:
     )
 
 
-def _markdown(comparison: Comparison) -> str:
-    lines, notes = _texts(comparison)
+def _markdown(comparison: Comparison, pareto: bool) -> str:
+    heads, lines, notes = _table(comparison)
 
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     parts = [
         "# Comparison",
-        "\n".join([line(["", *comparison.labels]), "|---" + "|---:" * len(comparison.labels) + "|", *map(line, lines)]),
+        "\n".join([line(heads), "|---" + "|---:" * (len(heads) - 1) + "|", *map(line, lines)]),
         "\n".join(f"[{index}] {note}  " for index, note in enumerate(notes, 1)),
         "\n\n".join(f"**Warning:** {warning}" for warning in comparison.warnings),
         "± is one standard error. Ratios are against the dense baseline."
         if comparison.baseline
         else "± is one standard error.",
         "![The same figures as bars](comparison.png)",
+        f"![Perplexity against speed]({PARETO})" if pareto else "",
         "\n".join(
             f"- {_environment_line(label, record)}"
             for label, record in zip(comparison.labels, comparison.records, strict=True)
@@ -140,33 +164,38 @@ def _as_json(comparison: Comparison) -> str:
     return json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _print(comparison: Comparison) -> None:
+def _print(comparison: Comparison, pareto: bool) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    lines, notes = _texts(comparison)
+    heads, lines, notes = _table(comparison)
     table = Table(title="Comparison")
     table.add_column("", overflow="fold")
-    for label in comparison.labels:
-        table.add_column(Text(label), justify="right", overflow="fold")
+    for head in heads[1:]:
+        table.add_column(Text(head), justify="right", overflow="fold")
     rooms = [row.name.partition(".")[0].removeprefix("num_") for row in comparison.rows]
+    quantities = len(comparison.labels) <= _WIDEST
     for index, line in enumerate(lines):
-        if index and rooms[index] != rooms[index - 1] and rooms[index - 1] != "layers":
+        if quantities and index and rooms[index] != rooms[index - 1] and rooms[index - 1] != "layers":
             table.add_section()
         table.add_row(*map(Text, line))
 
     console = Console()
     if not console.is_terminal:
-        # In a file or a pipe nothing limits the width, and folded cells are hard to read.
-        console = Console(width=max(80, console.measure(table, options=console.options.update(width=10_000)).maximum))
+        # In a file or a pipe nothing limits the width, and folded cells are hard to read; long heads may fold.
+        widest = console.measure(table, options=console.options.update(width=10_000)).maximum
+        console = Console(width=max(80, widest if quantities else min(widest, 200)))
     console.print(table)
     for index, note in enumerate(notes, 1):
         console.print(Text(f"[{index}] {note}", style="dim"))
     for warning in comparison.warnings:
         console.print(Text(f"Warning: {warning}", style="yellow"))
     console.print(
-        Text(f"Written: {comparison.output_dir}/comparison.md, comparison.json, comparison.png"), soft_wrap=True
+        Text(
+            f"Written: {comparison.output_dir}/comparison.md, comparison.json, comparison.png" + f", {PARETO}" * pareto
+        ),
+        soft_wrap=True,
     )
     if comparison.export is not None:
         console.print(Text(f"\nThe compressed model: {comparison.export}\nLoad it with"), soft_wrap=True)
@@ -221,6 +250,85 @@ def _picture(comparison: Comparison) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
+
+
+def _pareto(comparison: Comparison) -> bytes | None:
+    """A PNG of perplexity against tokens per second, with the models that no other one is better than in both.
+
+    Returns:
+        None if fewer than two models have both.
+    """
+    from matplotlib.figure import Figure
+
+    perplexity = next((row for row in comparison.rows if row.quantity == "perplexity"), None)
+    speed = next((row for row in comparison.rows if row.quantity == "rate"), None)
+    if perplexity is None or speed is None:
+        return None
+    points = [
+        (label, x.value, y.value, y.stderr or 0.0)
+        for label, x, y in zip(comparison.labels, speed.cells, perplexity.cells, strict=True)
+        if x.value is not None and y.value is not None
+    ]
+    if len(points) < 2:
+        return None
+    best = sorted(
+        (x, y) for _, x, y, _ in points if not any(a >= x and b <= y and (a, b) != (x, y) for _, a, b, _ in points)
+    )
+    figure = Figure(figsize=(7.5, max(3.6, 1.2 + 0.27 * len(points))), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*best, strict=True), color="#BBBBBB", linewidth=1.2, zorder=1, label="best at its speed")
+    for number, (_, x, y, error) in enumerate(points):
+        colour = COLOURS[number % len(COLOURS)]
+        marker = "osD^v"[number // len(COLOURS) % 5]
+        axes.errorbar(x, y, yerr=error or None, fmt=marker, color=colour, markersize=7, capsize=3, elinewidth=1)
+    values = [y for _, _, y, _ in points]
+    if max(values) > 3 * min(values):
+        axes.set_yscale("log")
+    left, right = min(x for _, x, _, _ in points), max(x for _, x, _, _ in points)
+    axes.set_xlim(left - 0.08 * (right - left or 1), right + 0.08 * (right - left or 1))
+    _label_points(axes, points)
+    axes.set_xlabel(f"{speed.title} →", fontsize=9)
+    axes.set_ylabel(
+        f"← {_wrapped(perplexity.title, 44)}" + (", log scale" if axes.get_yscale() == "log" else ""), fontsize=9
+    )
+    axes.legend(fontsize=8, frameon=False, loc="best")
+    axes.tick_params(labelsize=8, colors="#555555")
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def _label_points(axes: "Axes", points: list[tuple[str, float, float, float]]) -> None:
+    """Names at the right edge, apart from each other, each with a line to its point."""
+    to_share = axes.transScale + axes.transLimits
+
+    def height(value: float) -> float:
+        return float(to_share.transform((points[0][1], value))[1])
+
+    axes.autoscale_view(scalex=False)
+    step = min(0.065, 1.0 / len(points))
+    order = sorted(range(len(points)), key=lambda index: points[index][2])
+    places = [height(points[index][2]) for index in order]
+    for place in range(1, len(places)):
+        places[place] = max(places[place], places[place - 1] + step)
+    above = places[-1] - 1.0
+    if above > 0:  # pushed out at the top: push back down
+        places[-1] = 1.0
+        for place in range(len(places) - 2, -1, -1):
+            places[place] = min(places[place], places[place + 1] - step)
+    for share, index in zip(places, order, strict=True):
+        label, x, y, _ = points[index]
+        axes.annotate(
+            _wrapped(label, 28),
+            (x, y),
+            xycoords="data",
+            xytext=(1.03, share),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": COLOURS[index % len(COLOURS)], "linewidth": 0.6, "alpha": 0.7},
+        )
 
 
 def _draw_panel(axes: "Axes", row: Row, labels: list[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import callbacks
 from slm_pl.cli import compare_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,10 +34,9 @@ def test_config_is_valid_and_its_methods_take_their_arguments(path, command, cap
     assert config["config_version"] == 1
     for callback in config["trainer"]["callbacks"]:
         module, _, name = callback["class_path"].rpartition(".")
-        if module.startswith("callbacks") and name == "SlidingWindowMerging":
-            from callbacks import SlidingWindowMerging
-
-            SlidingWindowMerging(**callback["init_args"])
+        method = getattr(callbacks, name) if module == "callbacks" else object
+        if issubclass(method, callbacks.CompressionCallback):
+            method(**callback["init_args"])
     assert yaml.safe_load(path.read_text())["config_version"] == 1  # written down, not defaulted
 
 
@@ -125,3 +125,46 @@ def test_quickstart_of_the_layer_comparison_runs_from_yaml_alone(pico_dir, tmp_p
     record = json.loads((tmp_path / "representation_similarity.json").read_text())
     assert (len(record["matrix"]), record["protocol"]["samples"]) == (6, 16)
     assert record["protocol"]["text"] == "embedded_docstrings"
+
+
+DEPTH = {
+    "slm": {},
+    "sleb": {},
+    "shortened_perplexity": {"protect_first": 1, "protect_last": 1},
+    "shortened_taylor": {"protect_first": 1, "protect_last": 1},
+    "shortened_magnitude": {"protect_first": 1, "protect_last": 1},
+    "block_influence": {},
+    "angular": {},
+    "reverse": {},
+    "random": {},
+    "layers": {"layers": [1, 3]},
+}
+"""Beside the size, what a model of six layers needs."""
+
+
+@pytest.mark.parametrize("name", DEPTH)
+def test_quickstart_of_each_depth_method_runs_from_yaml_alone(name, pico_dir, tmp_path, monkeypatch):
+    """As shipped, but for the model, the size and the place."""
+    monkeypatch.chdir(ROOT)
+    options = DEPTH[name] if "layers" in DEPTH[name] else {"remove_layers": 2, **DEPTH[name]}
+    changes = [word for key, value in options.items() for word in (f"--trainer.callbacks.{key}", str(value))]
+    place = ["--model.pretrained", str(pico_dir), "--trainer.default_root_dir", str(tmp_path / name)]
+    main(["test", "--config", f"configs/quickstart_{name}.yaml", *place, *changes])
+    results = json.loads((tmp_path / name / "results.json").read_text())
+    assert (results["model"]["label"], results["model"]["num_layers"]) == (name, 4)
+    assert results["perplexity"][0]["tokens"] == 32 * 127
+    assert results["efficiency"][0]["new_tokens"] == 32
+    plan = json.loads((tmp_path / name / "plan.json").read_text())
+    assert plan["outcome"]["removed_layers"] == 2
+    drawn = [path.name for path in (tmp_path / name).glob("*.png")]
+    kind = "search_trace.png" if name == "slm" else "block_importance.png"
+    assert drawn == ([] if name in ("reverse", "random", "layers") else [kind])
+
+
+def test_compare_methods_runs_every_depth_method():
+    (names,) = re.findall(r"^METHODS := (.*)$", MAKEFILE, flags=re.M)
+    assert set(names.split()) == set(DEPTH) - {"layers"}
+    for name in names.split():
+        config = yaml.safe_load((ROOT / "configs" / f"quickstart_{name}.yaml").read_text())
+        assert config["trainer"]["default_root_dir"] == f"runs/methods/{name}"
+        assert config["trainer"]["callbacks"][-1]["init_args"]["remove_layers"] == 6

@@ -78,9 +78,8 @@ def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
     test["model"] = {"pretrained": str(tmp_path / "export"), "dtype": "float32"}
     test["data"] = {"path": "embedded"}
     test["trainer"]["default_root_dir"] = str(tmp_path)
-    efficiency, part, zero_shot = test["trainer"]["callbacks"]
-    perplexity = yaml.safe_load((ROOT / "configs" / part).read_text())
-    test["trainer"]["callbacks"] = [efficiency, perplexity, zero_shot]
+    parts = [yaml.safe_load((ROOT / "configs" / part).read_text()) for part in test["trainer"]["callbacks"]]
+    efficiency, perplexity, zero_shot = test["trainer"]["callbacks"] = parts
     efficiency["init_args"] = {"new_tokens": 4, "warmup": 1, "repeats": 2}
     perplexity["init_args"]["texts"][0]["max_tokens"] = 256
     zero_shot["init_args"]["limit"] = 4
@@ -115,3 +114,83 @@ def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
         )
     difference = (pruned - recovered).abs().max()
     assert 0 < difference < 10  # two steps move the logits, and a little only
+
+
+def golden_of(name: str) -> dict:
+    return json.loads((SHARED / "reference" / "golden" / f"{name}.json").read_text())
+
+
+def scored(name: str, run: Path, method: dict) -> dict:
+    """The plan that `main.py prune` makes on the ids of a golden file."""
+    config = {
+        "model": {"pretrained": MODEL, "dtype": "float32"},
+        "data": {"calibration": {"source": str(SHARED / "reference" / "golden" / f"{name}.json"), "batch_size": 4}},
+        "trainer": {"default_root_dir": str(run), "accelerator": "cpu", "logger": False, "callbacks": [method]},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["prune", "--config", str(run / "config.yaml")])
+    return json.loads((run / "plan.json").read_text())
+
+
+@pytest.mark.shared
+@needs_shared
+@pytest.mark.parametrize("criterion", ["taylor", "magnitude", "perplexity"])
+def test_shortened_llama_repeats_the_published_program(criterion, tmp_path):
+    golden = golden_of("shortened_ppl" if criterion == "perplexity" else f"shortened_{criterion}")
+    method = {"class_path": "callbacks.ShortenedLLaMA", "init_args": {"criterion": criterion, "remove_layers": 6}}
+    plan = scored("shortened_ppl" if criterion == "perplexity" else "shortened_taylor", tmp_path, method)
+    scores = [row["score"] for row in plan["trace"]]
+    assert [row["layer"] for row in plan["trace"]] == list(range(30))
+    assert sorted(range(30), key=scores.__getitem__) == golden["block_order"]
+    assert plan["outcome"]["order"] == golden["block_order_plus"][:6]
+    assert plan["outcome"]["order"] == golden["wikitext2_8192_ppl"]["plus_rm6"]["removed_in_order"]
+    if criterion == "perplexity":
+        rows = golden["csv_files"]["all_ppl_unsorted.csv"][1:]
+        assert [row[0] for row in rows] == list(range(30))
+        assert scores == pytest.approx([row[1] for row in rows], rel=1e-3)
+        assert (plan["outcome"]["layer_forwards"], plan["outcome"]["head_forwards"]) == (30 + 29 + 435, 31)
+        return
+    rows = golden["csv_files"]["block_score_all.csv"][1:31]
+    assert [row[0] for row in rows] == [f"model.layers.{layer}" for layer in range(30)]
+    assert scores == pytest.approx([row[1] for row in rows], rel=1e-3)
+    details = golden["csv_files"]["block_score_detail.csv"][1:31]
+    for row, detail in zip(plan["trace"], details, strict=True):
+        assert list(row["tensors"].values()) == pytest.approx(detail[1:], rel=1e-3)
+
+
+@pytest.mark.shared
+@needs_shared
+def test_sleb_repeats_the_published_program(tmp_path):
+    """Two whole phases through the command line; of each later one, the layer that goes and the closest of the others.
+
+    The whole order takes minutes: `python -m tests.benchmarks.depth` holds it to this file.
+    """
+    from slm_pl.compression.removal import RemovalSweep
+    from slm_pl.loading import load_model, resolve
+
+    golden = golden_of("sleb")
+    losses = [dict(zip(step["candidates"], step["loss"], strict=True)) for step in golden["steps"]]
+    assert all(
+        min(loss, key=loss.__getitem__) == gone for loss, gone in zip(losses, golden["removal_order"], strict=True)
+    )
+    per_token = golden["seqlen"] * golden["windows"]
+    plan = scored("sleb", tmp_path, {"class_path": "callbacks.SLEB", "init_args": {"remove_layers": 2}})
+    assert plan["outcome"]["order"] == golden["removal_order"][:2]
+    assert plan["outcome"]["dense_score"] * per_token == pytest.approx(golden["dense_loss"], rel=1e-5)
+    for phase in (0, 1):
+        found = {row["layer"]: row["score"] * per_token for row in plan["trace"] if row["phase"] == phase}
+        assert found == {layer: pytest.approx(loss, rel=1e-5) for layer, loss in losses[phase].items()}
+
+    model = load_model(resolve(MODEL), dtype="float32")
+    ids = torch.tensor(golden["input_ids"])
+    sweep = RemovalSweep(model, [ids], memory_budget=2)
+    for phase in range(2, 6):
+        gone = golden["removal_order"][:phase]
+        kept = [layer for layer in range(30) if layer not in gone]
+        closest = sorted(losses[phase], key=losses[phase].__getitem__)[:2]
+        found = sweep.score(kept, closest)
+        assert min(found, key=found.__getitem__) == golden["removal_order"][phase]
+        # The gap between the two is 6.6e-4 at the least.
+        assert {k: v * per_token for k, v in found.items()} == {
+            layer: pytest.approx(losses[phase][layer], rel=1e-5) for layer in closest
+        }

@@ -144,13 +144,14 @@ def token_losses(model: "PreTrainedModel", hidden: Tensor, ids: Tensor, logits_b
         logits_bytes: Most bytes of the logits of one slice.
 
     Returns:
-        ``[batch, tokens - 1]``, float32.
+        ``[batch, tokens - 1]``, float32 (float64 of a float64 model).
     """
     targets = ids[:, 1:].reshape(-1)
     final = final_hidden_state(model, hidden[:, :-1]).reshape(len(targets), -1)
     size = max(1, logits_bytes // (4 * model.config.get_text_config().vocab_size))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = [
-        nn.functional.cross_entropy(logits(model, part).float(), wanted, reduction="none")
+        nn.functional.cross_entropy(logits(model, part).to(wide), wanted, reduction="none")
         for part, wanted in zip(final.split(size), targets.split(size), strict=True)
     ]
     return torch.cat(losses).view(len(ids), -1)
@@ -247,17 +248,20 @@ def _first_fault(states: list[list[Tensor]], stages: list[str], whose: str) -> F
         stages: Names of the stages, in order.
         whose: Which model.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
     sample = 0
     for batch in states:
         finite = torch.stack(batch).tolist()  # [stage][sample]
         for column in zip(*finite, strict=True):
             if not all(column):
                 stage = stages[column.index(False)]
-                # Ranks take samples in turn, see CalibrationSet.shard.
-                return rank + world_size * sample, f"{stage} {whose} gives"
+                return sample_number(sample), f"{stage} {whose} gives"
             sample += 1
     return None
+
+
+def sample_number(index: int) -> int:
+    """The number in the whole calibration set of this rank's sample; ranks take them in turn, as ``shard`` deals."""
+    return dist.get_rank() + dist.get_world_size() * index if distributed() else index
 
 
 def distributed() -> bool:

@@ -51,7 +51,7 @@ def layer_gradients(
     kept = list(range(len(layers))) if kept is None else list(kept)
     with torch.no_grad():
         runs = [_forward(model, ids, layers, kept) for ids in batches]
-    with _no_gradients_kept(model), torch.enable_grad():
+    with _own_gradients(model), torch.enable_grad():
         loss, tokens = 0.0, 0
         upstream: list[Tensor] = []
         for ids, states, _ in runs:
@@ -142,14 +142,15 @@ def _layer_gradient(
 
 
 @contextmanager
-def _no_gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Turns gradients of all parameters off for the block, then gives each its own flag back."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in flags:
+def _own_gradients(model: nn.Module) -> Iterator[None]:
+    """Turns gradients of all parameters off for the block, then gives each its own flag and gradient back."""
+    found = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    for parameter, _, _ in found:
         parameter.requires_grad_(False)
+        parameter.grad = None  # a new one would be added to it
     try:
         yield
     finally:
-        for parameter, flag in flags:
+        for parameter, flag, gradient in found:
             parameter.requires_grad_(flag)
-            parameter.grad = None
+            parameter.grad = gradient

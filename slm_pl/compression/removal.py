@@ -6,6 +6,7 @@ layer. With n layers and all of them candidates, that is ``n - 1 + n(n - 1)/2`` 
 ``n(n - 1)`` of full passes, with one hidden state beside the candidate's, and no model is copied.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from slm_pl.compression.calibration import (
     first_input,
     mean_over_ranks,
     run_layers,
+    sample_number,
     token_losses,
 )
 from slm_pl.memory import TensorBytes
@@ -82,7 +84,7 @@ class RemovalSweep:
             self._chunks.append(_Chunk(dense.ids, _shared(dense.arguments, before)))
             rows += self._rows([self._losses(dense.output, dense.ids)], dense.ids)
             advance(f"{self.chunk_size} samples at a time")
-        self.dense = _per_token(rows)[0]
+        self.dense = _per_token(rows, ["the dense model"])[0]
         self.layer_forwards = len(self.layers)
         self.head_forwards = 1
 
@@ -115,7 +117,8 @@ class RemovalSweep:
             rows += self._rows(losses, chunk.ids)
         self.layer_forwards += places[-1] + sum(len(kept) - 1 - place for place in places)
         self.head_forwards += len(places)
-        return dict(zip([kept[place] for place in places], _per_token(rows), strict=True))
+        layers = [kept[place] for place in places]
+        return dict(zip(layers, _per_token(rows, [f"the model without layer {i}" for i in layers]), strict=True))
 
     @property
     def chunks(self) -> int:
@@ -147,9 +150,15 @@ class RemovalSweep:
         return needed
 
 
-def _per_token(rows: list[list[float]]) -> list[float]:
+def _per_token(rows: list[list[float]], models: list[str]) -> list[float]:
     """From rows of sums and token counts of the samples of this rank to means per token over all ranks."""
-    *sums, tokens = mean_over_ranks(rows)
+    faults = (
+        (sample_number(index), f"{model} gives")
+        for index, row in enumerate(rows)
+        for model, value in zip(models, row, strict=False)
+        if not math.isfinite(value)
+    )
+    *sums, tokens = mean_over_ranks(rows, next(faults, None))
     return [value / tokens for value in sums]
 
 

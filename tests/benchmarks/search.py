@@ -363,11 +363,10 @@ def resident_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def probe_memory(settings: Settings) -> Memory:
-    """Measures the peak of a search; to be called in a fresh process."""
-    model, calibration = settings.load()
+def memory_of(model: nn.Module, work: Callable[[], object]) -> Memory:
+    """Measures the peak of some work, which is done twice; to be called in a fresh process."""
     with TensorBytes(model) as tensors:
-        settings.search().plan(model, calibration)
+        work()
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -375,8 +374,14 @@ def probe_memory(settings: Settings) -> Memory:
     except (OSError, AttributeError):
         return Memory(None, tensors.peak)
     before = resident_bytes("VmRSS")
-    settings.search().plan(model, calibration)
+    work()
     return Memory(resident_bytes("VmHWM") - before, tensors.peak)
+
+
+def probe_memory(settings: Settings) -> Memory:
+    """Measures the peak of a search; to be called in a fresh process."""
+    model, calibration = settings.load()
+    return memory_of(model, lambda: settings.search().plan(model, calibration))
 
 
 # The run.

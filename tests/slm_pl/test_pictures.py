@@ -5,7 +5,16 @@ import numpy
 import pytest
 
 from slm_pl.compression.plan import Base, DropLayers, MergeLayers, Method, Plan
-from slm_pl.pictures import COLOURS, load_figures, matrix_names, search_trace, similarity_matrix
+from slm_pl.pictures import (
+    COLOURS,
+    block_importance,
+    load_figures,
+    matrix_names,
+    search_trace,
+    similarity_matrix,
+    trace_names,
+    trace_pictures,
+)
 
 TRACE = (
     {"low": 4, "high": 5, "similarity": 0.2, "accepted": False, "search": 0},
@@ -108,3 +117,76 @@ def test_names_are_of_the_models_own_plans(tmp_path):
     assert sorted(load_figures(tmp_path, plans=2)) == sorted(names)
     (tmp_path / matrix_names(1)[0]).write_bytes(b"{" + b" " * 9_000_000)
     assert list(load_figures(tmp_path, plans=1)) == [matrix_names(1)[1]]
+
+
+def scores(values: list[float], removed: int, phase: int = 0, protected: tuple[int, ...] = ()) -> list[dict]:
+    return [
+        {"phase": phase, "layer": n, "score": v, "removed": n == removed, "protected": n in protected}
+        for n, v in enumerate(values)
+    ]
+
+
+def importance_plan(trace: list[dict], gone: tuple[int, ...], **outcome: object) -> Plan:
+    base = Base("some/model", None, "llama", 8, 1000, "ab")
+    return Plan(base, Method("callbacks.SLEB", {}), None, (DropLayers(gone),), tuple(trace), outcome)
+
+
+def test_bars_are_as_high_as_the_scores_and_coloured_by_fate():
+    plan = importance_plan(scores([4.0, 8.0, 1.0, 8.0, 3.0, 8.0, 2.0, 8.0], 2, protected=(0, 7)), (2,))
+    png = block_importance(plan)
+    assert png is not None
+    assert png == block_importance(plan)
+    picture = pixels(png)
+    # Areas: removed 1; protected 4 + 8; kept 8 + 3 + 8 + 2 + 8. The legend's patches add a little.
+    removed, kept = count(picture, COLOURS[5]), count(picture, COLOURS[0])
+    protected = count(picture, "#BBBBBB")
+    assert kept / protected == pytest.approx(29 / 12, rel=0.06)
+    assert 8 < protected / removed < 12.5
+    assert list(trace_pictures(plan, 1)) == ["block_importance.png"]
+    assert list(trace_pictures(plan, 3)) == ["block_importance.3.png"]
+    assert set(trace_pictures(plan, 2)) < set(trace_names(2))
+    assert trace_pictures(importance_plan([], (2,)), 1) == {}
+
+
+def test_a_ruinous_layer_does_not_flatten_the_others():
+    values = [41.0, 45.0, 43.0, 47.0, 42.0, 44.0, 46.0, 43.0]
+    high = []
+    for first in (41.0, 97239.6):
+        png = block_importance(importance_plan(scores([first, *values[1:]], 2), (2,), dense_score=40.0))
+        assert png is not None
+        rows = numpy.argwhere(abs(pixels(png)[80:] - [0xD5, 0x5E, 0x00]).max(axis=2) <= 1)[:, 0]  # below the legend
+        high.append(rows.max() - rows.min())
+    # The highest bar rises by 7; with the ruinous one, by 1.6 times the 6 of the third quartile.
+    assert high[1] == pytest.approx(high[0] * 7 / (1.6 * 6), rel=0.03)
+
+
+def test_phases_are_mapped_below_the_first_ones_bars():
+    one = scores([4.0, 3.0, 5.0, 6.0], 1)
+    two = [row for row in scores([4.5, 0.0, 5.5, 6.5], 0, phase=1) if row["layer"] != 1]
+    single, both = (block_importance(importance_plan(trace, (0, 1))) for trace in (one, one + two))
+    assert single is not None
+    assert both is not None
+    assert pixels(both).shape[0] > 1.3 * pixels(single).shape[0]
+    assert count(pixels(both), "#440154") > 500  # the least of the map, in viridis
+
+
+def test_scores_of_strangers_are_drawn_or_passed_over():
+    good = {"layer": 3, "score": 41.72}  # the sample of DESIGN, without a fate
+    assert block_importance(importance_plan([good], ())) is not None
+    assert block_importance(importance_plan([good, {"layer": "x", "score": 1}], (), score="$\\foo$" * 30)) is not None
+    for broken in (
+        {"layer": 3},
+        {"layer": 3, "score": None},
+        {"layer": 3, "score": float("nan")},
+        {"layer": 3, "score": float("inf")},
+        {"layer": -3, "score": 1.0},
+        {"layer": 10**9, "score": 1.0},
+        {"layer": 3, "high": 2, "score": 1.0},
+        {"phase": "first", "layer": 3, "score": 1.0},
+    ):
+        assert block_importance(importance_plan([broken], ())) is None
+    for odd in ([1.0] * 4, [0.0] * 4, [-1.0, -2.0, -3.0], [1e299, -1e299, 5.0]):
+        assert block_importance(importance_plan(scores(odd, 1), (1,))) is not None
+        assert block_importance(importance_plan(scores(odd, 1), (1,), dense_score=2.0)) is not None
+    names = [{**good, "score": 1.0 * n, "layer": n % 7, "phase": n // 7} for n in range(3000)]
+    assert block_importance(importance_plan(names, ())) is not None

@@ -220,7 +220,7 @@ def test_figures_side_by_side(tmp_path, capsys):
 
     assert comparison.output_dir == tmp_path.resolve()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
-        "comparison.json", "comparison.md", "comparison.png",
+        "comparison.json", "comparison.md", "comparison.png", "pareto.png",
     ]  # fmt: skip
     markdown = (tmp_path / "comparison.md").read_text()
     printed = capsys.readouterr().out
@@ -251,6 +251,56 @@ def test_picture_is_a_png_with_every_bar(tmp_path):
     colours = {tuple(int(round(255 * part)) for part in pixel[:3]) for pixel in picture[::4, ::4].reshape(-1, 4)}
     assert {(0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)} <= colours
     assert (tmp_path / "out" / "comparison.png").stat().st_mode == (tmp_path / "out" / "comparison.md").stat().st_mode
+
+
+def test_many_models_are_a_line_each(tmp_path, capsys):
+    names = [f"method{n}" for n in range(5)]
+    pruned = {n: _results(n, n, perplexity=100.0 + i, latency=3.2) for i, n in enumerate(names)}
+    compare(_save(tmp_path, dense=_results("dense"), **pruned))
+    for text in ((tmp_path / "comparison.md").read_text(), capsys.readouterr().out):
+        lines = [[cell.strip() for cell in line.replace("│", "|").strip("| ").split("|")] for line in text.split("\n")]
+        cells = next(line for line in lines if line[0] == "method3")
+        assert cells[:4] == ["method3", "24", "80 (80.0 %)", "103.00 ± 0.50"]
+        assert "40.0 (1.25×)" in cells
+    data = json.loads((tmp_path / "comparison.json").read_text())
+    assert [len(row["cells"]) for row in data["rows"]] == [6] * len(data["rows"])
+
+
+def _circles(png, colour):
+    """Centres of the points of a colour: its pixels that have nothing but it around them."""
+    from matplotlib.image import imread
+    from numpy import argwhere
+
+    picture = imread(png)[..., :3]
+    wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    same = abs(picture - wanted).max(axis=2) < 0.01
+    inside = same[2:-2, 2:-2]
+    for dy, dx in ((0, 2), (4, 2), (2, 0), (2, 4)):
+        inside = inside & same[dy : dy + inside.shape[0], dx : dx + inside.shape[1]]
+    return argwhere(inside).mean(axis=0)
+
+
+def test_pareto_picture_has_speed_to_the_right_and_perplexity_upwards(tmp_path):
+    from slm_pl.pictures import COLOURS
+
+    fast, slow = (
+        _results("fast", "a", perplexity=30.0, latency=2.0),
+        _results("slow", "b", perplexity=60.0, latency=3.0),
+    )
+    compare(_save(tmp_path, dense=_results("dense"), fast=fast, slow=slow))
+    assert "![Perplexity against speed](pareto.png)" in (tmp_path / "comparison.md").read_text()
+    (dense_y, dense_x), (fast_y, fast_x), (slow_y, slow_x) = (
+        _circles(tmp_path / "pareto.png", colour) for colour in COLOURS[:3]
+    )
+    # Tokens/s 32, 64 and 42.7; perplexity 20, 30 and 60. Rows of a picture count downwards.
+    assert (slow_x - dense_x) / (fast_x - dense_x) == pytest.approx(1 / 3, abs=0.03)
+    assert (dense_y - fast_y) / (dense_y - slow_y) == pytest.approx(1 / 4, abs=0.03)
+
+    fast.perplexity, slow.efficiency = [], []
+    fast.missing["perplexity"] = slow.missing["efficiency"] = "not measured"
+    compare(_save(tmp_path, dense=_results("dense"), fast=fast, slow=slow))
+    assert not (tmp_path / "pareto.png").exists()  # one point shows nothing, and the old picture is not of these
+    assert "pareto" not in (tmp_path / "comparison.md").read_text()
 
 
 def test_missing_figures_are_dashes_with_footnotes(tmp_path):

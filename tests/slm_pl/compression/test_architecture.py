@@ -7,6 +7,7 @@ from slm_pl.compression.architecture import (
     backbone,
     decoder_layers,
     final_hidden_state,
+    logits,
     lora_targets,
     num_layers,
     projection_names,
@@ -32,6 +33,7 @@ def test_entry_describes_the_model(model_type):
         final = backbone(model)(input_ids=IDS, use_cache=False).last_hidden_state
         last = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
         assert torch.equal(final_hidden_state(model, last), final)
+        assert torch.equal(logits(model, final), model(input_ids=IDS, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("changes", [{"do_layer_norm_before": False}, {"word_embed_proj_dim": 32}])
