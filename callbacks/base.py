@@ -183,8 +183,11 @@ class CompressionCallback(pl.Callback, ABC):
         return f"{module.partition('.')[0] if module.startswith('callbacks.') else module}.{type(self).__qualname__}"
 
     def arguments(self) -> dict[str, JSONValue]:
-        """The arguments of ``__init__`` that decide the result."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "plan_path"}
+        """The arguments of ``__init__`` that decide the result; where a plan is and how much memory to use do not."""
+        names = (
+            name for name in inspect.signature(type(self)).parameters if name not in ("plan_path", "memory_budget")
+        )
+        return {name: getattr(self, name) for name in names}
 
     def make_plan(
         self,

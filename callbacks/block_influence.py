@@ -9,7 +9,7 @@ from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.calibration import capture, mean_over_ranks
 from slm_pl.compression.plan import DropLayers, JSONValue, Plan
 from slm_pl.compression.scores import angular_distance, block_influence
-from slm_pl.compression.target import check_target, removable_layers
+from slm_pl.compression.target import check_target, layers_to_remove
 from slm_pl.console import progress
 from slm_pl.data import CalibrationSet
 from slm_pl.errors import UsageError
@@ -54,7 +54,7 @@ class BlockInfluence(CompressionCallback):
         plan_path: str | None = None,
     ) -> None:
         super().__init__(plan_path)
-        check_target("BlockInfluence", plan_path, remove_layers=remove_layers, ratio=ratio)
+        check_target("BlockInfluence", plan_path, {"remove_layers": remove_layers, "ratio": ratio})
         if distance not in ("cosine", "angular"):
             raise UsageError(f"distance is {distance!r}; allowed are cosine and angular.")
         self.distance = distance
@@ -63,7 +63,8 @@ class BlockInfluence(CompressionCallback):
 
     def plan(self, model: "PreTrainedModel", calibration: CalibrationSet) -> Plan:
         """Measures all layers in one pass; see the class."""
-        layers, wanted = removable_layers(model, self.remove_layers, self.ratio, 0, 0)
+        layers = range(num_layers(model))
+        wanted = layers_to_remove(model, self.remove_layers, self.ratio, len(layers) - 1, "since one has to stay")
         trace: list[dict[str, JSONValue]]
         if self.distance == "cosine":
             scores = self._distances(model, calibration, 1)

@@ -33,9 +33,9 @@ class LayerRemoval(CompressionCallback):
             ``random``, a draw from all that are not protected.
         remove_layers: With ``order``, remove exactly so many layers.
         ratio: With ``order``, remove this share of all parameters, to the nearest whole layer; in (0, 1).
-        protect_first: With ``order``, so many layers at the bottom stay.
-        protect_last: With ``order``, so many layers at the top stay.
-        seed: Of the draw.
+        protect_first: With ``order``, so many layers at the bottom stay; none if not given.
+        protect_last: With ``order``, so many layers at the top stay; one if not given.
+        seed: Of the draw; 1234 if not given.
         plan_path: Apply this ``plan.json`` and decide nothing.
 
     Raises:
@@ -48,9 +48,9 @@ class LayerRemoval(CompressionCallback):
         order: Literal["reverse", "random"] | None = None,
         remove_layers: int | None = None,
         ratio: float | None = None,
-        protect_first: int = 0,
-        protect_last: int = 1,
-        seed: int = 1234,
+        protect_first: int | None = None,
+        protect_last: int | None = None,
+        seed: int | None = None,
         plan_path: str | None = None,
     ) -> None:
         super().__init__(plan_path)
@@ -59,7 +59,7 @@ class LayerRemoval(CompressionCallback):
                 raise UsageError(f"LayerRemoval got layers={layers} and order={order}; give one of them.")
             if order not in ("reverse", "random"):
                 raise UsageError(f"order is {order!r}; allowed are reverse and random.")
-            check_target("LayerRemoval", plan_path, remove_layers=remove_layers, ratio=ratio)
+            check_target("LayerRemoval", plan_path, {"remove_layers": remove_layers, "ratio": ratio})
         elif remove_layers is not None or ratio is not None:
             raise UsageError(
                 f"LayerRemoval got remove_layers={remove_layers} and ratio={ratio}, which say how many; give order, "
@@ -68,11 +68,15 @@ class LayerRemoval(CompressionCallback):
         elif layers is not None:
             twice = sorted({layer for layer in layers if layers.count(layer) > 1})
             if not layers or twice or min(layers) < 0:
-                got = f"layers {twice} twice" if twice else f"{layers}"
+                got = f"{twice} more than once" if twice else f"{layers}"
                 raise UsageError(f"layers names {got}; give each layer to remove once, numbered from 0.")
+            if protect_first is not None or protect_last is not None:
+                raise UsageError("protect_first and protect_last are of order; with layers, exactly these go.")
         elif plan_path is None:
             raise UsageError("LayerRemoval got neither layers nor order; give one of them (or plan_path).")
-        check_protected(protect_first, protect_last)
+        if seed is not None and order != "random":
+            raise UsageError(f"seed is {seed}, but only order random draws. Leave it out.")
+        check_protected(protect_first or 0, protect_last or 0)
         self.layers = layers
         self.order = order
         self.remove_layers = remove_layers
@@ -96,10 +100,9 @@ class LayerRemoval(CompressionCallback):
             if len(gone) == total:
                 raise UsageError(f"layers names all {total} layers of this model. Keep at least one.")
         else:
-            candidates, wanted = removable_layers(
-                model, self.remove_layers, self.ratio, self.protect_first, self.protect_last
-            )
-            drawn = random.Random(self.seed).sample(candidates, len(candidates))
+            first, last = self.protect_first or 0, 1 if self.protect_last is None else self.protect_last
+            candidates, wanted = removable_layers(model, self.remove_layers, self.ratio, first, last)
+            drawn = random.Random(1234 if self.seed is None else self.seed).sample(candidates, len(candidates))
             gone = (candidates[::-1] if self.order == "reverse" else drawn)[:wanted]
         outcome: dict[str, JSONValue] = {"order": list(gone), "removed_layers": len(gone)}
         return self.make_plan(model, calibration, [DropLayers(tuple(sorted(gone)))], [], outcome)

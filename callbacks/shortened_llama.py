@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Literal
 
 from callbacks.base import CompressionCallback
 from slm_pl.compression.architecture import num_layers
-from slm_pl.compression.importance import magnitude, taylor
+from slm_pl.compression.importance import Importance, magnitude, taylor
 from slm_pl.compression.plan import DropLayers, JSONValue, Plan
-from slm_pl.compression.removal import RemovalSweep
+from slm_pl.compression.removal import RemovalSweep, finite, least
 from slm_pl.compression.target import check_memory_budget, check_protected, check_target, removable_layers
 from slm_pl.console import progress
 from slm_pl.data import CalibrationSet
@@ -40,9 +40,10 @@ class ShortenedLLaMA(CompressionCallback):
     The first four and the last two layers stay, as in the authors' program (its "+" heuristic); their scores are in the
     trace nevertheless. A trace row of ``taylor`` and ``magnitude`` also holds the score of every tensor.
 
-    ``taylor`` needs, above the weights, the inputs of all layers (layers × samples × tokens × hidden elements; of one
-    sample with ``per_sample``), one layer's activations and one layer's gradients: each gradient is scored and freed as
-    soon as it is there, and layers are run again in the backward pass (gradient checkpointing).
+    ``taylor`` runs layers again in the backward pass (gradient checkpointing) and keeps no gradients: above the weights
+    it needs the inputs of all layers (layers × samples × tokens × hidden elements), the activations of one layer on one
+    calibration batch, and the largest tensor's gradient if all samples are one batch or with ``per_sample`` (then also
+    the inputs of one sample only); else the sum of one layer's gradients, in float32.
 
     Args:
         criterion: The importance.
@@ -53,8 +54,8 @@ class ShortenedLLaMA(CompressionCallback):
         one_shot: Score the whole model once; else remove one layer at a time and score what is left again.
         norm_power: p, of ``taylor`` and ``magnitude``.
         per_sample: Of ``taylor``: take the absolute value for each sample by itself.
-        memory_budget: Of ``perplexity``: GiB of hidden states, activations and logits beside the weights; the
-            calibration set goes through in chunks that fit.
+        memory_budget: Of ``perplexity``: GiB of hidden states, activations and logits beside the weights, 2 if not
+            given; the calibration set goes through in chunks that fit.
         plan_path: Apply this ``plan.json`` and do not search.
 
     Raises:
@@ -72,13 +73,16 @@ class ShortenedLLaMA(CompressionCallback):
         one_shot: bool = True,
         norm_power: Literal[1, 2] = 1,
         per_sample: bool = False,
-        memory_budget: float = 2.0,
+        memory_budget: float | None = None,
         plan_path: str | None = None,
     ) -> None:
         super().__init__(plan_path)
-        check_target("ShortenedLLaMA", plan_path, remove_layers=remove_layers, ratio=ratio)
+        check_target("ShortenedLLaMA", plan_path, {"remove_layers": remove_layers, "ratio": ratio})
         check_protected(protect_first, protect_last)
-        check_memory_budget(memory_budget)
+        if memory_budget is not None:
+            check_memory_budget(memory_budget)
+            if criterion != "perplexity":
+                raise UsageError(f"memory_budget is of criterion perplexity; criterion is {criterion}. Leave it out.")
         if criterion not in ("perplexity", "taylor", "magnitude"):
             raise UsageError(f"criterion is {criterion!r}; allowed are perplexity, taylor and magnitude.")
         if norm_power not in (1, 2):
@@ -119,20 +123,30 @@ class ShortenedLLaMA(CompressionCallback):
         outcome: Row = {"score": scores_of[self.criterion]}
         if self.criterion == "perplexity":
             with progress("Measuring the dense model") as advance:
-                sweep = RemovalSweep(model, calibration, self.memory_budget, advance)
-            outcome["dense_score"] = _perplexity(sweep.dense)
+                sweep = RemovalSweep(model, calibration, self.memory_budget or 2.0, advance)
+            outcome["dense_score"] = finite(_perplexity(sweep.dense))
         for phase in range(1 if self.one_shot else wanted):
             # The first phase also shows how important the protected layers are.
             scored = candidates if phase else kept
+            details: dict[int, Row] = {}
             if self.criterion == "perplexity":
                 scores = _without_each(sweep, kept, scored)
             else:
-                scores = self._of_weights(model, calibration, kept, scored)
-            ranked = sorted(candidates, key=lambda layer: (scores[layer]["score"], layer))  # noqa: B023  used at once
-            gone = ranked[: wanted if self.one_shot else 1]
-            for layer in scored:
-                place: Row = {"removed": layer in gone, "protected": layer not in candidates}
-                trace.append({"phase": phase, "layer": layer, **scores[layer], **place})
+                tensors = self._of_weights(model, calibration, kept, scored)
+                scores = {layer: math.fsum(tensors[layer].values()) for layer in scored}
+                details = {layer: {"tensors": {**tensors[layer]}} for layer in scored}
+            gone = least({layer: scores[layer] for layer in candidates}, wanted if self.one_shot else 1)
+            trace += [
+                {
+                    "phase": phase,
+                    "layer": layer,
+                    "score": finite(scores[layer]),
+                    **details.get(layer, {}),
+                    "removed": layer in gone,
+                    "protected": layer not in candidates,
+                }
+                for layer in scored
+            ]
             order += gone
             kept = [layer for layer in kept if layer not in gone]
             candidates = [layer for layer in candidates if layer not in gone]
@@ -143,24 +157,22 @@ class ShortenedLLaMA(CompressionCallback):
 
     def _of_weights(
         self, model: "PreTrainedModel", calibration: CalibrationSet, kept: list[int], scored: list[int]
-    ) -> dict[int, Row]:
-        """By layer, the importance and what each tensor adds to it."""
+    ) -> Importance:
+        """What each tensor of each layer adds to the layer's importance."""
         if self.criterion == "magnitude":
-            tensors = magnitude(model, scored, self.norm_power)
-        else:
-            passes = calibration.samples if self.per_sample else 1
-            with progress("Taking gradients", passes * len(kept)) as advance:
-                tensors = taylor(model, calibration, kept, self.norm_power, self.per_sample, advance)
-        return {layer: {"score": math.fsum(tensors[layer].values()), "tensors": {**tensors[layer]}} for layer in scored}
+            return magnitude(model, scored, self.norm_power)
+        passes = calibration.samples if self.per_sample else 1
+        with progress("Taking gradients", passes * len(kept)) as advance:
+            return taylor(model, calibration, kept, self.norm_power, self.per_sample, advance)
 
 
-def _without_each(sweep: RemovalSweep, kept: list[int], scored: list[int]) -> dict[int, Row]:
+def _without_each(sweep: RemovalSweep, kept: list[int], scored: list[int]) -> dict[int, float]:
     """By layer, the perplexity without it."""
     with progress("Removing each layer", sweep.chunks * len(scored)) as advance:
         losses = sweep.score(kept, scored, advance)
-    return {layer: {"score": _perplexity(loss)} for layer, loss in losses.items()}
+    return {layer: _perplexity(loss) for layer, loss in losses.items()}
 
 
 def _perplexity(loss: float) -> float:
     """Of a mean cross-entropy in nats; a ruined model's may be beyond all numbers."""
-    return math.exp(min(loss, 700.0))
+    return math.exp(loss) if loss < 700 else math.inf

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from callbacks.base import CompressionCallback
 from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.plan import DropLayers, JSONValue, Plan
-from slm_pl.compression.removal import RemovalSweep
+from slm_pl.compression.removal import RemovalSweep, finite, least
 from slm_pl.compression.target import check_memory_budget, check_protected, check_target, removable_layers
 from slm_pl.console import progress
 from slm_pl.data import CalibrationSet
@@ -28,8 +28,17 @@ class SLEB(CompressionCallback):
             - class_path: callbacks.SLEB
               init_args: {remove_layers: 6}
 
-    The published setting calibrates on 128 texts of WikiText-2 in windows of 2048 tokens
-    (``data.calibration.sequence_length: 2048``). A trace row holds the mean negative log-likelihood per token, in nats.
+    The published setting calibrates on 128 texts of WikiText-2, joined and cut into windows of 2048 tokens::
+
+        data:
+          calibration:
+            source: Salesforce/wikitext
+            name: wikitext-2-raw-v1
+            sampling: stream
+            samples: 128
+            sequence_length: 2048
+
+    A trace row holds the mean negative log-likelihood per token, in nats; null where it is not finite.
 
     A phase with n layers left runs about n²/2 layers for every sample, half of what full passes take, whatever the
     number of samples; under several processes, each sweeps its share of them.
@@ -57,7 +66,7 @@ class SLEB(CompressionCallback):
         plan_path: str | None = None,
     ) -> None:
         super().__init__(plan_path)
-        check_target("SLEB", plan_path, remove_layers=remove_layers, ratio=ratio)
+        check_target("SLEB", plan_path, {"remove_layers": remove_layers, "ratio": ratio})
         check_protected(protect_first, protect_last)
         check_memory_budget(memory_budget)
         self.remove_layers = remove_layers
@@ -80,9 +89,9 @@ class SLEB(CompressionCallback):
         with progress(f"Removing {wanted} layers", steps) as advance:
             for phase in range(wanted):
                 scores = sweep.score(kept, candidates, advance)
-                gone = min(scores, key=lambda layer: (scores[layer], layer))
+                (gone,) = least(scores, 1)
                 trace += [
-                    {"phase": phase, "layer": layer, "score": score, "removed": layer == gone}
+                    {"phase": phase, "layer": layer, "score": finite(score), "removed": layer == gone}
                     for layer, score in scores.items()
                 ]
                 order.append(gone)

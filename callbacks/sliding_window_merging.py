@@ -77,7 +77,8 @@ class SlidingWindowMerging(CompressionCallback):
         plan_path: str | None = None,
     ) -> None:
         super().__init__(plan_path)
-        check_target("SlidingWindowMerging", plan_path, threshold=threshold, remove_layers=remove_layers, ratio=ratio)
+        controls = {"threshold": threshold, "remove_layers": remove_layers, "ratio": ratio}
+        check_target("SlidingWindowMerging", plan_path, controls)
         if threshold is not None and not -1 < threshold <= 1:
             raise UsageError(f"threshold is {threshold}; a similarity threshold is in (-1, 1]. Published: 0.72.")
         if skip_last < 0:

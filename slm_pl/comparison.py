@@ -27,12 +27,14 @@ class Cell:
         stderr: Its standard error, where there is one.
         ratio: ``value`` over the dense baseline's, in rows that show it.
         reason: Why ``value`` is absent.
+        spread: Standard deviation over the repeats of a timing.
     """
 
     value: float | None
     stderr: float | None = None
     ratio: float | None = None
     reason: str | None = None
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,11 @@ _SPREADS: tuple[tuple[str, str, Quantity, Callable[[EfficiencyResult], Spread]],
 )
 
 
+def _timing_cell(record: Results, place: str, spread: Spread) -> Cell:
+    cell = _cell(record, f"{place}.median", spread.median)
+    return dataclasses.replace(cell, spread=spread.stdev) if math.isfinite(spread.stdev) else cell
+
+
 def _efficiency_rows(records: list[Results]) -> list[Row]:
     found = [
         {
@@ -262,9 +269,7 @@ def _efficiency_rows(records: list[Results]) -> list[Row]:
         absent = [_absent(record, "efficiency", bool(places)) for record, places in zip(records, found, strict=True)]
         for figure, title, quantity, spread in _SPREADS:
             cells = [
-                _cell(
-                    record, f"efficiency[{places[key]}].{figure}.median", spread(record.efficiency[places[key]]).median
-                )
+                _timing_cell(record, f"efficiency[{places[key]}].{figure}", spread(record.efficiency[places[key]]))
                 if key in places
                 else cell
                 for record, places, cell in zip(records, found, absent, strict=True)

@@ -19,6 +19,8 @@ class TensorBytes(TorchDispatchMode):
         peak: Most bytes so far.
     """
 
+    supports_higher_order_operators = True  # such as flex attention
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.live = 0

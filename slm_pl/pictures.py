@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ _GREY = "#555555"
 MATRIX = "representation_similarity"
 """Name of the similarity matrix of a tested model's layers, as ``.json`` and ``.png``."""
 _LARGEST = 8 * 2**20  # bytes of a figure that is carried on
+_MOST_LAYERS = 1000
+_MOST_SCORES = 50_000  # of a trace that may come from a stranger's file; all phases of 300 layers are fewer
 
 
 TRACE, IMPORTANCE = "search_trace", "block_importance"
@@ -197,11 +200,13 @@ def _score_of(row: dict[str, JSONValue]) -> _Score | None:
     last = row.get("high", layer)
     if type(phase) is not int or type(layer) is not int or type(last) is not int:
         return None
-    if not (0 <= phase < 10_000 and 0 <= layer <= last < 10_000):
+    if not (0 <= phase < _MOST_LAYERS and 0 <= layer <= last < _MOST_LAYERS):
         return None
-    if not isinstance(value, float | int) or not abs(value) < 1e300:
+    if not _is_number(value):
         return None
-    return _Score(phase, layer, float(value), row.get("removed") is True, row.get("protected") is True, last)
+    return _Score(
+        phase, layer, float(cast(float, value)), row.get("removed") is True, row.get("protected") is True, last
+    )
 
 
 def block_importance(plan: Plan) -> bytes | None:
@@ -213,11 +218,11 @@ def block_importance(plan: Plan) -> bytes | None:
     Returns:
         A PNG, or None if the plan's trace does not hold scores of layers.
     """
-    scores = [score for score in map(_score_of, plan.trace) if score is not None]
+    scores = [score for score in map(_score_of, plan.trace[:_MOST_SCORES]) if score is not None]
     if not scores:
         return None
     start = min(score.phase for score in scores)
-    first = [score for score in scores if score.phase == start]
+    first = list({score.layer: score for score in scores if score.phase == start}.values())
     later = [score for score in scores if score.phase != start]
     dense = plan.outcome.get("dense_score")
     base, cap = _bar_range([score.value for score in first], cast(float, dense) if _is_number(dense) else None)
@@ -259,11 +264,11 @@ def _bar_range(values: list[float], dense: float | None) -> tuple[float, float]:
     """Where bars begin, and where those that are far longer than most are cut off."""
     lowest, highest = min(values), max(values)
     base = 0.0 if dense is None else dense
-    if dense is None and lowest > 0 and highest < 1.5 * lowest:
+    if dense is None and 0 < lowest < highest < 1.5 * lowest:
         base = lowest - 0.25 * (highest - lowest)  # they differ by less than could be seen from 0
     usual = sorted(value - base for value in values)[int(0.75 * (len(values) - 1))]
     cap = highest if usual <= 0 or highest - base < 3 * usual else base + 1.6 * usual
-    return base, cap
+    return base, max(base, cap)
 
 
 def _draw_bars(
@@ -322,17 +327,20 @@ def _draw_phases(axes: "Axes", scores: list[_Score]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     phases = sorted({score.phase for score in scores})
-    least = {phase: min(score.value for score in scores if score.phase == phase) for phase in phases}
-    last = max(score.layer for score in scores)
-    grid = [[float("nan")] * (last + 1) for _ in phases]
+    rows = {phase: row for row, phase in enumerate(phases)}
+    least = {phase: math.inf for phase in phases}
     for score in scores:
-        grid[phases.index(score.phase)][score.layer] = score.value - least[score.phase]
+        least[score.phase] = min(least[score.phase], score.value)
+    last = max(score.layer for score in scores)
+    grid = [[math.nan] * (last + 1) for _ in phases]
+    for score in scores:
+        grid[rows[score.phase]][score.layer] = score.value - least[score.phase]
     # Colours are for the candidates that are close; the ruinous ones share the last.
     usual = sorted(score.value - least[score.phase] for score in scores)[int(0.75 * (len(scores) - 1))]
     image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=usual or None, interpolation="nearest")
     gone = [score for score in scores if score.removed]
-    rows = [phases.index(score.phase) for score in gone]
-    axes.scatter([score.layer for score in gone], rows, marker="x", s=28, color=_REJECTED, linewidths=2)
+    places = [rows[score.phase] for score in gone]
+    axes.scatter([score.layer for score in gone], places, marker="x", s=28, color=_REJECTED, linewidths=2)
     axes.set_ylabel("phase", fontsize=9)
     axes.set_yticks(range(len(phases)), [str(phase + 1) for phase in phases])
     if len(phases) > 12:

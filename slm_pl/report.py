@@ -49,6 +49,7 @@ def compare(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
 
 
 PARETO = "pareto.png"
+_MOST_PERPLEXITY = 1000.0  # times the least: ruined models are drawn at the edge
 _WIDEST = 5  # models beside each other; more stand below each other
 
 
@@ -58,7 +59,8 @@ def _number(value: float, quantity: Quantity) -> str:
     if quantity == "parameters":
         return f"{value / 1e9:,.2f} B" if value >= 1e9 else f"{value / 1e6:,.1f} M" if value >= 1e5 else f"{value:,.0f}"
     if quantity == "perplexity":
-        return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+        # A ruined model's digits say nothing.
+        return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else _rounded(value)
     if quantity == "accuracy":
         return f"{100 * value:.1f} %"
     if quantity == "seconds":
@@ -68,6 +70,10 @@ def _number(value: float, quantity: Quantity) -> str:
     return f"{value / 2**30:,.1f} GiB" if value >= 10 * 2**30 else f"{value / 2**20:,.0f} MiB"
 
 
+def _rounded(value: float) -> str:
+    return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+
+
 def _text(cell: Cell, quantity: Quantity) -> str:
     if cell.value is None:
         return "–"
@@ -75,6 +81,8 @@ def _text(cell: Cell, quantity: Quantity) -> str:
     if cell.stderr is not None:
         if quantity == "accuracy":
             text = f"{100 * cell.value:.1f} ± {100 * cell.stderr:.1f} %"
+        elif quantity == "perplexity" and cell.value >= 1e6:
+            text += f" ± {_rounded(cell.stderr)}"
         else:
             # As many digits as the value has, but never an error of zero.
             text += f" ± {cell.stderr:,.{2 if cell.value < 1000 or cell.stderr < 1 else 0}f}"
@@ -170,23 +178,36 @@ def _print(comparison: Comparison, pareto: bool) -> None:
     from rich.text import Text
 
     heads, lines, notes = _table(comparison)
-    table = Table(title="Comparison")
-    table.add_column("", overflow="fold")
-    for head in heads[1:]:
-        table.add_column(Text(head), justify="right", overflow="fold")
-    rooms = [row.name.partition(".")[0].removeprefix("num_") for row in comparison.rows]
     quantities = len(comparison.labels) <= _WIDEST
-    for index, line in enumerate(lines):
-        if quantities and index and rooms[index] != rooms[index - 1] and rooms[index - 1] != "layers":
-            table.add_section()
-        table.add_row(*map(Text, line))
-
+    rooms = [row.name.partition(".")[0].removeprefix("num_") for row in comparison.rows]
     console = Console()
+
+    def table_of(columns: list[int]) -> Table:
+        table = Table(title="Comparison")
+        table.add_column("", overflow="fold")
+        for column in columns:
+            head = heads[column] if quantities else "\n".join(textwrap.wrap(heads[column], 16))
+            table.add_column(Text(head), justify="right", overflow="fold", no_wrap=not quantities)
+        for index, line in enumerate(lines):
+            if quantities and index and rooms[index] != rooms[index - 1] and rooms[index - 1] != "layers":
+                table.add_section()
+            table.add_row(*(Text(line[column]) for column in (0, *columns)))
+        return table
+
+    def width(columns: list[int]) -> int:
+        return console.measure(table_of(columns), options=console.options.update(width=10_000)).maximum
+
+    columns = list(range(1, len(heads)))
     if not console.is_terminal:
-        # In a file or a pipe nothing limits the width, and folded cells are hard to read; long heads may fold.
-        widest = console.measure(table, options=console.options.update(width=10_000)).maximum
-        console = Console(width=max(80, widest if quantities else min(widest, 200)))
-    console.print(table)
+        # In a file or a pipe nothing limits the width, and folded cells are hard to read.
+        console = Console(width=max(80, width(columns)))
+    groups = [columns]
+    while not quantities and len(groups[-1]) > 1 and width(groups[-1]) > console.width:
+        # Numbers are not folded: what does not fit beside the others goes into a table of its own below.
+        fitting = next((n for n in range(len(groups[-1]) - 1, 1, -1) if width(groups[-1][:n]) <= console.width), 1)
+        groups[-1:] = [groups[-1][:fitting], groups[-1][fitting:]]
+    for group in groups:
+        console.print(table_of(group))
     for index, note in enumerate(notes, 1):
         console.print(Text(f"[{index}] {note}", style="dim"))
     for warning in comparison.warnings:
@@ -260,33 +281,39 @@ def _pareto(comparison: Comparison) -> bytes | None:
     """
     from matplotlib.figure import Figure
 
-    perplexity = next((row for row in comparison.rows if row.quantity == "perplexity"), None)
-    speed = next((row for row in comparison.rows if row.quantity == "rate"), None)
-    if perplexity is None or speed is None:
-        return None
-    points = [
-        (label, x.value, y.value, y.stderr or 0.0)
-        for label, x, y in zip(comparison.labels, speed.cells, perplexity.cells, strict=True)
-        if x.value is not None and y.value is not None
+    pairs = [
+        (perplexity, speed, _points(comparison, perplexity, speed))
+        for perplexity in comparison.rows
+        for speed in comparison.rows
+        if perplexity.quantity == "perplexity" and speed.quantity == "rate"
     ]
+    if not pairs:
+        return None
+    perplexity, speed, points = max(pairs, key=lambda pair: len(pair[2]))  # of equals the first
     if len(points) < 2:
         return None
-    best = sorted(
-        (x, y) for _, x, y, _ in points if not any(a >= x and b <= y and (a, b) != (x, y) for _, a, b, _ in points)
-    )
+    best = sorted((p for p in points if not any(other.better_than(p) for other in points)), key=lambda p: p.x)
+    top = _MOST_PERPLEXITY * min(point.y for point in points)
+    labels = [
+        _cut(point.label, 30) + (f" ({_number(point.y, 'perplexity')}) ↑" if point.y > top else "") for point in points
+    ]
+    points = [point if point.y <= top else dataclasses.replace(point, y=top, y_error=0.0) for point in points]
     figure = Figure(figsize=(7.5, max(3.6, 1.2 + 0.27 * len(points))), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*best, strict=True), color="#BBBBBB", linewidth=1.2, zorder=1, label="best at its speed")
-    for number, (_, x, y, error) in enumerate(points):
+    axes.plot([p.x for p in best], [p.y for p in best], color="#BBBBBB", zorder=1, label="no other is better in both")
+    for number, point in enumerate(points):
         colour = COLOURS[number % len(COLOURS)]
-        marker = "osD^v"[number // len(COLOURS) % 5]
-        axes.errorbar(x, y, yerr=error or None, fmt=marker, color=colour, markersize=7, capsize=3, elinewidth=1)
-    values = [y for _, _, y, _ in points]
+        marker = "^" if point.y == top else "osDvP"[number // len(COLOURS) % 5]
+        x_error, y_error = point.x_error or None, point.y_error or None
+        axes.errorbar(
+            point.x, point.y, y_error, x_error, fmt=marker, color=colour, markersize=7, capsize=2, elinewidth=0.8
+        )
+    values = [point.y for point in points]
     if max(values) > 3 * min(values):
         axes.set_yscale("log")
-    left, right = min(x for _, x, _, _ in points), max(x for _, x, _, _ in points)
-    axes.set_xlim(left - 0.08 * (right - left or 1), right + 0.08 * (right - left or 1))
-    _label_points(axes, points)
+    left, right = min(point.x - point.x_error for point in points), max(point.x + point.x_error for point in points)
+    axes.set_xlim(left - 0.05 * (right - left or 1), right + 0.05 * (right - left or 1))
+    _label_points(axes, points, labels)
     axes.set_xlabel(f"{speed.title} →", fontsize=9)
     axes.set_ylabel(
         f"← {_wrapped(perplexity.title, 44)}" + (", log scale" if axes.get_yscale() == "log" else ""), fontsize=9
@@ -299,17 +326,42 @@ def _pareto(comparison: Comparison) -> bytes | None:
     return buffer.getvalue()
 
 
-def _label_points(axes: "Axes", points: list[tuple[str, float, float, float]]) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """One model's speed and perplexity; errors are the spread of the repeats and the standard error."""
+
+    label: str
+    x: float
+    y: float
+    x_error: float
+    y_error: float
+
+    def better_than(self, other: "_Point") -> bool:
+        """Of less perplexity, and not slower by more than the timings spread."""
+        slower = other.x - self.x > math.hypot(self.x_error, other.x_error)
+        return not slower and (self.y < other.y or (self.y == other.y and self.x > other.x))
+
+
+def _points(comparison: Comparison, perplexity: Row, speed: Row) -> list[_Point]:
+    """The models that have both."""
+    return [
+        _Point(label, x.value, y.value, x.spread or 0.0, min(y.stderr or 0.0, 0.9 * y.value))
+        for label, x, y in zip(comparison.labels, speed.cells, perplexity.cells, strict=True)
+        if x.value is not None and y.value is not None
+    ]
+
+
+def _label_points(axes: "Axes", points: list[_Point], labels: list[str]) -> None:
     """Names at the right edge, apart from each other, each with a line to its point."""
     to_share = axes.transScale + axes.transLimits
 
     def height(value: float) -> float:
-        return float(to_share.transform((points[0][1], value))[1])
+        return float(to_share.transform((points[0].x, value))[1])
 
     axes.autoscale_view(scalex=False)
     step = min(0.065, 1.0 / len(points))
-    order = sorted(range(len(points)), key=lambda index: points[index][2])
-    places = [height(points[index][2]) for index in order]
+    order = sorted(range(len(points)), key=lambda index: points[index].y)
+    places = [height(points[index].y) for index in order]
     for place in range(1, len(places)):
         places[place] = max(places[place], places[place - 1] + step)
     above = places[-1] - 1.0
@@ -318,16 +370,22 @@ def _label_points(axes: "Axes", points: list[tuple[str, float, float, float]]) -
         for place in range(len(places) - 2, -1, -1):
             places[place] = min(places[place], places[place + 1] - step)
     for share, index in zip(places, order, strict=True):
-        label, x, y, _ = points[index]
+        point = points[index]
         axes.annotate(
-            _wrapped(label, 28),
-            (x, y),
+            labels[index].replace("$", r"\$"),
+            (point.x, point.y),
             xycoords="data",
             xytext=(1.03, share),
             textcoords="axes fraction",
             va="center",
             fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": COLOURS[index % len(COLOURS)], "linewidth": 0.6, "alpha": 0.7},
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0, 0.5),
+                "color": COLOURS[index % len(COLOURS)],
+                "linewidth": 0.6,
+                "alpha": 0.7,
+            },
         )
 
 
@@ -390,6 +448,10 @@ def _draw_panel(axes: "Axes", row: Row, labels: list[str]) -> None:
     axes.tick_params(axis="x", labelsize=8, colors="#555555")
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _cut(label: str, most: int) -> str:
+    return label if len(label) <= most else label[: most - 1] + "…"
 
 
 def _wrapped(label: str, width: int) -> str:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Visit = Callable[[int, str, Tensor, Tensor], None]
-"""Gets a layer's number, the parameter's name in it, the parameter and its gradient, which is gone afterwards."""
+"""Gets a layer's number, the parameter's name in it, the parameter, and its gradient to do with as it likes."""
 
-_LOGITS_BYTES = 16 * 2**20  # of one slice of tokens; its gradient and the softmax take as much again
+_LOGITS_BYTES = 8 * 2**20  # of one slice of tokens; its gradient and the softmax take as much again
 
 
 def layer_gradients(
@@ -33,7 +33,7 @@ def layer_gradients(
     visit: Visit,
     kept: Sequence[int] | None = None,
     over_ranks: bool = True,
-) -> tuple[float, int]:
+) -> int:
     """Differentiates the sum of the cross-entropy over all predicted tokens of all batches.
 
     Args:
@@ -45,22 +45,17 @@ def layer_gradients(
         over_ranks: The sum goes over the batches of all ranks; else over this rank's alone.
 
     Returns:
-        The sum of the cross-entropy in nats, and the number of predicted tokens, of this rank's batches.
+        The number of predicted tokens of this rank's batches.
     """
     layers = list(decoder_layers(model))
     kept = list(range(len(layers))) if kept is None else list(kept)
     with torch.no_grad():
         runs = [_forward(model, ids, layers, kept) for ids in batches]
     with _own_gradients(model), torch.enable_grad():
-        loss, tokens = 0.0, 0
-        upstream: list[Tensor] = []
-        for ids, states, _ in runs:
-            value, gradient = _head_gradient(model, states.pop(), ids)
-            loss, tokens = loss + value, tokens + ids.numel() - len(ids)
-            upstream.append(gradient)
+        upstream = [_head_gradient(model, states.pop(), ids) for ids, states, _ in runs]
         for index in reversed(kept):
             _layer_gradient(layers[index], index, runs, upstream, visit, over_ranks and distributed())
-    return loss, tokens
+    return sum(ids.numel() - len(ids) for ids, _, _ in runs)
 
 
 _Run = tuple[Tensor, list[Tensor], list[Arguments]]
@@ -79,19 +74,19 @@ def _forward(model: "PreTrainedModel", ids: Tensor, layers: list[nn.Module], kep
     return dense.ids, states, dense.arguments
 
 
-def _head_gradient(model: "PreTrainedModel", output: Tensor, ids: Tensor) -> tuple[float, Tensor]:
-    """The loss of a batch and its gradient at the output of the last layer; the logits of few tokens at a time."""
-    output = output.detach().requires_grad_()
+def _head_gradient(model: "PreTrainedModel", output: Tensor, ids: Tensor) -> Tensor:
+    """The gradient of a batch's loss at the output of the last layer; the logits of few tokens at a time."""
+    gradient = torch.zeros_like(output)
     vocabulary = model.config.get_text_config().vocab_size
     size = max(1, _LOGITS_BYTES // (4 * vocabulary * len(ids)))
-    total = 0.0
     for start in range(0, ids.shape[1] - 1, size):
-        end = min(start + size, ids.shape[1] - 1) + 1
-        loss = token_losses(model, output[:, start:end], ids[:, start:end]).sum()
-        loss.backward()
-        total += loss.item()
-    assert output.grad is not None
-    return total, output.grad
+        end = min(start + size, ids.shape[1] - 1)
+        # A slice of its own, so that its gradient is not as long as the whole batch.
+        part = output[:, start : end + 1].detach().requires_grad_()
+        token_losses(model, part, ids[:, start : end + 1]).sum().backward()
+        assert part.grad is not None
+        gradient[:, start:end] = part.grad[:, :-1]
+    return gradient
 
 
 def _layer_gradient(
@@ -116,8 +111,10 @@ def _layer_gradient(
         else:
             sums[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
-    handles = [p.requires_grad_().register_post_accumulate_grad_hook(take) for p in own.values()]
+    handles = []
     try:
+        for parameter in own.values():
+            handles.append(parameter.requires_grad_().register_post_accumulate_grad_hook(take))
         for number, (_, states, arguments) in enumerate(runs):
             hidden = states.pop().detach().requires_grad_()
             torch.autograd.backward(first_of(layer(hidden, **arguments[index])), upstream[number])

@@ -1,5 +1,6 @@
 """How important decoder layers are by their weights, tensor by tensor."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -15,17 +16,25 @@ from slm_pl.compression.gradients import layer_gradients
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SLICE = 2**18  # entries that are added up at a time
 Importance = dict[int, dict[str, float]]
 """By layer, by the name of the parameter in it."""
 
 
 def magnitude(model: "PreTrainedModel", layers: Sequence[int], norm_power: int) -> Importance:
-    """Σ |w|^p of every parameter (Shortened LLaMA, arXiv 2402.02834, equation 2)."""
+    """Σ |w|^p of every parameter (Shortened LLaMA, arXiv 2402.02834, equation 2).
+
+    Raises:
+        FloatingPointError: If a weight is not finite.
+    """
     modules = decoder_layers(model)
-    return {
-        layer: {name: _power_sum(p.detach(), norm_power) for name, p in modules[layer].named_parameters()}
-        for layer in layers
-    }
+    importance: Importance = {}
+    for layer in layers:
+        importance[layer] = {name: _power_sum(p.detach(), norm_power) for name, p in modules[layer].named_parameters()}
+        for name, value in importance[layer].items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"Layer {layer} has weights in {name} that are not finite: they are broken.")
+    return importance
 
 
 def taylor(
@@ -61,7 +70,9 @@ def taylor(
     sums: dict[tuple[int, str], float] = {}
 
     def visit(layer: int, name: str, weight: Tensor, gradient: Tensor) -> None:
-        sums[layer, name] = _power_sum(weight.to(gradient.dtype) * gradient, norm_power)
+        # The gradient is given up: nothing more of its size is made, unless it is in half precision.
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        sums[layer, name] = _power_sum(wide.mul_(weight), norm_power)
         seen[layer] += 1
         if seen[layer] % tensors[layer] == 0:
             advance(f"layer {layer}")
@@ -70,11 +81,11 @@ def taylor(
         rows: list[list[float]] = []
         for batch in batches:
             for ids in batch:
-                _, tokens = layer_gradients(model, [ids[None]], visit, kept, over_ranks=False)
+                tokens = layer_gradients(model, [ids[None]], visit, kept, over_ranks=False)
                 rows.append([sums[key] / tokens**norm_power for key in names])
         means = mean_over_ranks(rows)
     else:
-        _, tokens = layer_gradients(model, batches, visit, kept)
+        tokens = layer_gradients(model, batches, visit, kept)
         # Every rank has the same sums, and its own share of the tokens.
         share, *means = mean_over_ranks([[float(tokens), *(sums[key] for key in names)]])
         total = share * (dist.get_world_size() if distributed() else 1)
@@ -86,6 +97,6 @@ def taylor(
 
 
 def _power_sum(values: Tensor, power: int) -> float:
-    """Σ |v|^p; added up in float64, because a layer has more entries than float32 has digits for."""
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    return (wide.abs() if power == 1 else wide.square()).sum(dtype=torch.float64).item()
+    """Σ |v|^p in float64, because a layer has more entries than float32 has digits for; a slice at a time."""
+    parts = (part.double() for part in values.flatten().split(_SLICE))
+    return torch.stack([(part.abs() if power == 1 else part.square()).sum() for part in parts]).sum().item()

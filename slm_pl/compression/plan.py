@@ -229,6 +229,8 @@ def _build(cls: type[T], data: Any) -> T:
             raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not a string")
         if allowed and all(isinstance(choice, str) for choice in allowed) and value not in allowed:
             raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, allowed are {list(allowed)}")
+        if str(f.type).startswith("dict[") and not isinstance(value, dict):
+            raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not an object")
         if f.type == tuple[int, ...]:
             if not isinstance(value, list) or not all(type(v) is int for v in value):
                 raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not a list of integers")

@@ -7,7 +7,7 @@ layer. With n layers and all of them candidates, that is ``n - 1 + n(n - 1)/2`` 
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,7 @@ class RemovalSweep:
         head_forwards: The same of the language-model head.
 
     Raises:
-        FloatingPointError: If a cross-entropy is not finite.
+        FloatingPointError: If the cross-entropy of the whole model is not finite.
     """
 
     @torch.inference_mode()
@@ -77,14 +77,19 @@ class RemovalSweep:
         fitting = int((budget - 3 * self._logits_bytes) // self._sample_bytes(samples, budget))
         self.chunk_size = max(1, min(fitting, len(samples)))
         self._chunks: list[_Chunk] = []
+        known: dict[torch.Size, list[Arguments]] = {}
         rows: list[list[float]] = []
         for ids in batched(samples, self.chunk_size):
             dense = capture(model, ids, only_first=True)
-            before = self._chunks[-1].arguments if self._chunks else [{} for _ in self.layers]
-            self._chunks.append(_Chunk(dense.ids, _shared(dense.arguments, before)))
+            arguments = _shared(dense.arguments, known.get(ids.shape, dense.arguments))
+            self._chunks.append(_Chunk(dense.ids, arguments))
+            known.setdefault(ids.shape, arguments)
             rows += self._rows([self._losses(dense.output, dense.ids)], dense.ids)
             advance(f"{self.chunk_size} samples at a time")
-        self.dense = _per_token(rows, ["the dense model"])[0]
+        broken = (index for index, row in enumerate(rows) if not math.isfinite(row[0]))
+        fault = next(((sample_number(index), "the dense model gives") for index in broken), None)
+        total, tokens = mean_over_ranks(rows, fault)
+        self.dense = total / tokens
         self.layer_forwards = len(self.layers)
         self.head_forwards = 1
 
@@ -100,7 +105,8 @@ class RemovalSweep:
             advance: Called after each candidate of each chunk.
 
         Returns:
-            For each candidate, the mean cross-entropy without it, nats per token over the samples of all ranks.
+            For each candidate, the mean cross-entropy without it, nats per token over the samples of all ranks;
+            infinite if that of a sample is not finite, as half precision may overflow without one of the first layers.
         """
         places = [place for place, layer in enumerate(kept) if layer in candidates]
         rows: list[list[float]] = []
@@ -117,8 +123,17 @@ class RemovalSweep:
             rows += self._rows(losses, chunk.ids)
         self.layer_forwards += places[-1] + sum(len(kept) - 1 - place for place in places)
         self.head_forwards += len(places)
-        layers = [kept[place] for place in places]
-        return dict(zip(layers, _per_token(rows, [f"the model without layer {i}" for i in layers]), strict=True))
+        # A ruinous candidate is no reason to stop: where its loss is not finite, a flag is averaged instead.
+        flagged = [
+            [*(x if math.isfinite(x) else 0.0 for x in row), *(float(not math.isfinite(x)) for x in row[:-1])]
+            for row in rows
+        ]
+        means = mean_over_ranks(flagged)
+        sums, tokens, faults = means[: len(places)], means[len(places)], means[len(places) + 1 :]
+        return {
+            kept[place]: math.inf if fault else total / tokens
+            for place, total, fault in zip(places, sums, faults, strict=True)
+        }
 
     @property
     def chunks(self) -> int:
@@ -150,18 +165,6 @@ class RemovalSweep:
         return needed
 
 
-def _per_token(rows: list[list[float]], models: list[str]) -> list[float]:
-    """From rows of sums and token counts of the samples of this rank to means per token over all ranks."""
-    faults = (
-        (sample_number(index), f"{model} gives")
-        for index, row in enumerate(rows)
-        for model, value in zip(models, row, strict=False)
-        if not math.isfinite(value)
-    )
-    *sums, tokens = mean_over_ranks(rows, next(faults, None))
-    return [value / tokens for value in sums]
-
-
 def _shared(arguments: list[Arguments], known: list[Arguments]) -> list[Arguments]:
     """Refers to equal tensors of another chunk instead of keeping them twice; masks of long samples are large."""
 
@@ -175,3 +178,23 @@ def _shared(arguments: list[Arguments], known: list[Arguments]) -> list[Argument
         {name: same(value, others.get(name)) for name, value in own.items()}
         for own, others in zip(arguments, known, strict=True)
     ]
+
+
+def least(scores: Mapping[int, float], count: int) -> list[int]:
+    """The layers of least score, the least first; of equals the lowest.
+
+    Raises:
+        FloatingPointError: If so many scores are not finite.
+    """
+    ranked = sorted(scores, key=lambda layer: (scores[layer], layer))[:count]
+    if broken := [layer for layer in ranked if not math.isfinite(scores[layer])]:
+        raise FloatingPointError(
+            f"Without any of the layers {broken} the model gives hidden states that are not finite, so {count} cannot "
+            "be chosen. float16 overflows above 65,504: load the model with --model.dtype bfloat16 or float32."
+        )
+    return ranked
+
+
+def finite(score: float) -> float | None:
+    """A score for plan.json, which knows no infinity."""
+    return score if math.isfinite(score) else None

@@ -1,5 +1,7 @@
 """How many layers are to go: the controls that all depth methods share."""
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from slm_pl.compression.architecture import decoder_layers, num_layers
@@ -10,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_target(method: str, plan_path: str | None, **controls: float | None) -> None:
+def check_target(method: str, plan_path: str | None, controls: Mapping[str, float | None]) -> None:
     """Holds the controls of a method to their ranges.
 
     Args:
@@ -50,7 +52,7 @@ def check_memory_budget(memory_budget: float) -> None:
     Raises:
         UsageError: If it is not positive.
     """
-    if not memory_budget > 0:
+    if not 0 < memory_budget < math.inf:
         raise UsageError(f"memory_budget is {memory_budget}; give a positive number of GiB, such as 2.")
 
 
@@ -61,6 +63,8 @@ def removable_layers(
     total = num_layers(model)
     candidates = list(range(protect_first, total - protect_last))
     limits = f"with protect_first {protect_first} and protect_last {protect_last}"
+    if not candidates:
+        raise UsageError(f"The model has {total} layers; {limits}, all of them stay. Lower these.")
     return candidates, layers_to_remove(model, remove_layers, ratio, min(len(candidates), total - 1), limits)
 
 
@@ -80,8 +84,6 @@ def layers_to_remove(
         UsageError: If it is none, or more than can be removed.
     """
     total = num_layers(model)
-    if most < 1:
-        raise UsageError(f"The model has {total} layers; {limits}, none of them can be removed.")
     if ratio is not None:
         wanted = round(ratio / layers_share(model, 1))
         got = f"ratio {ratio} means {wanted} of {total} layers"

@@ -27,13 +27,16 @@ class CalibrationText:
         source: ``embedded`` (chapters of the language reference that comes with Python), a ``.txt`` file, a ``.jsonl``
             file (one JSON object a line), a ``.parquet`` file, a ``.json`` file with a list of token-id lists (used
             exactly as given), or the id of a Hub data set.
-        samples: Number of samples.
+        samples: Number of samples; with ``sampling: stream``, of documents.
         sequence_length: Tokens per sample.
         seed: Seed of the sampler.
         batch_size: Samples per forward pass.
         name: Configuration of a Hub data set.
         split: Split of a Hub data set.
         column: Column that holds the text, for ``.jsonl``, ``.parquet`` and Hub data sets.
+        sampling: ``crops`` cuts each sample out of a document of its own, as Sliding-Window Merging and Shortened LLaMA
+            do; ``stream`` joins documents and cuts the whole into samples without a gap, as SLEB does.
+        separator: Between the documents of a stream.
 
     Raises:
         UsageError: A number is out of range.
@@ -47,6 +50,8 @@ class CalibrationText:
     name: str | None = None
     split: str = "train"
     column: str = "text"
+    sampling: Literal["crops", "stream"] = "crops"
+    separator: str = "\n\n"
 
     def __post_init__(self) -> None:
         _at_least("calibration.samples", self.samples, 1)
@@ -140,7 +145,9 @@ def load_calibration(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase"
 
     The sampler is the one of Sliding-Window Merging and Shortened LLaMA: draw a document, tokenise the whole of it
     (with the tokenizer's special tokens), draw again if it is too short or was used before, then cut
-    ``sequence_length`` tokens at a random offset.
+    ``sequence_length`` tokens at a random offset. With ``sampling: stream`` it is the one of SLEB: shuffle the
+    documents (as the library datasets does), join the first ``samples`` of them, tokenise this as one text, and cut it
+    into samples; the tail is dropped.
 
     A ``.txt`` file is first cut into documents: consecutive lines with at least ``2 * sequence_length`` words.
 
@@ -150,7 +157,8 @@ def load_calibration(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase"
 
     Returns:
         The samples. For a ``.json`` file they are its lists, whatever ``samples`` and ``sequence_length`` ask for; the
-        ``text`` of the set then says what they are (the longest, where lengths differ).
+        ``text`` of the set then says what they are (the longest, where lengths differ). Of a stream, too, it says how
+        many samples there are.
 
     Raises:
         UsageError: The source cannot be read, or has too few documents that are long enough.
@@ -172,7 +180,30 @@ def load_calibration(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase"
         documents = _pieces(read_text(Path(text.source)), 2 * text.sequence_length)
     else:
         documents = read_column(text.source, text.name, text.split, text.column)
+    if text.sampling == "stream":
+        samples = _stream(documents, text, tokenizer)
+        return CalibrationSet.from_ids(samples, replace(text, samples=len(samples)))
     return CalibrationSet.from_ids(_sample(documents, text, tokenizer), text)
+
+
+def _stream(documents: Sequence[str], text: CalibrationText, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """SLEB's sampler: as many samples as the joined documents fill."""
+    import numpy
+
+    if len(documents) < text.samples:
+        raise UsageError(
+            f"Calibration text {text.source!r} has {len(documents)} documents, but {text.samples} are to be joined. "
+            "Lower calibration.samples, or give longer text."
+        )
+    drawn = numpy.random.default_rng(text.seed).permutation(len(documents))[: text.samples]
+    ids = _tokenise(text.separator.join(documents[int(i)] for i in drawn), tokenizer, special_tokens=True)
+    length = text.sequence_length
+    if len(ids) < length:
+        raise UsageError(
+            f"The {text.samples} documents drawn from {text.source!r} have {len(ids)} tokens together, fewer than one "
+            f"sample of {length}. Raise calibration.samples, or lower calibration.sequence_length."
+        )
+    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
 
 
 def _sample(documents: Sequence[str], text: CalibrationText, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:

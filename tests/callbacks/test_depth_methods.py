@@ -158,6 +158,13 @@ def test_block_influence_takes_the_layers_that_turn_tokens_least():
     assert plan.steps == (DropLayers(tuple(range(start, start + 4))),)
 
 
+def test_memory_is_no_part_of_the_decision():
+    """The same plan on a machine that has less, byte for byte where the chunks are the same."""
+    plans = [SLEB(2, memory_budget=budget).plan(model_of_ten(), CALIBRATION) for budget in (1.0, 2.0)]
+    assert plans[0].to_json() == plans[1].to_json()
+    assert "memory_budget" not in plans[0].method.init_args
+
+
 def test_designated_layers_reverse_and_random():
     model = model_of_ten()
 
@@ -210,7 +217,9 @@ def test_how_many_is_told_clearly(method):
 
 
 def test_protection_that_leaves_nothing_is_told():
-    with pytest.raises(UsageError, match="has 6 layers; with protect_first 4 and protect_last 2, none of them can be"):
+    with pytest.raises(
+        UsageError, match="has 6 layers; with protect_first 4 and protect_last 2, all of them stay. Low"
+    ):
         ShortenedLLaMA(remove_layers=1).plan(pico_model(), CALIBRATION)
     with pytest.raises(UsageError, match="1 to 5 layers can be removed"):  # one has to stay
         SLEB(remove_layers=6, protect_first=0, protect_last=0).plan(pico_model(), CALIBRATION)
@@ -220,8 +229,9 @@ def test_protection_that_leaves_nothing_is_told():
         ShortenedLLaMA(remove_layers=1, protect_last=-2)
     with pytest.raises(UsageError, match="memory_budget is 0"):
         SLEB(remove_layers=1, memory_budget=0)
-    with pytest.raises(UsageError, match="memory_budget is nan"):
-        SLEB(remove_layers=1, memory_budget=math.nan)
+    for budget in (math.nan, math.inf):
+        with pytest.raises(UsageError, match=f"memory_budget is {budget}"):
+            SLEB(remove_layers=1, memory_budget=budget)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +241,11 @@ def test_protection_that_leaves_nothing_is_told():
         ({"criterion": "taylor", "norm_power": 3}, "norm_power is 3; allowed are 1 and 2"),
         ({"norm_power": 2}, "criterion perplexity has none"),
         ({"criterion": "magnitude", "per_sample": True}, "per_sample is of criterion taylor; criterion is magnitude"),
+        (
+            {"criterion": "taylor", "memory_budget": 1.0},
+            "memory_budget is of criterion perplexity; criterion is taylor",
+        ),
+        ({"memory_budget": 0.0}, "memory_budget is 0.0; give a positive number of GiB"),
     ],
 )
 def test_arguments_without_a_meaning_are_refused(options, message):
@@ -243,7 +258,10 @@ def test_arguments_without_a_meaning_are_refused(options, message):
     [
         ({}, "got neither layers nor order"),
         ({"layers": []}, r"layers names \[\]; give each layer to remove once"),
-        ({"layers": [3, 1, 3]}, r"layers names layers \[3\] twice"),
+        ({"layers": [3, 1, 3]}, r"layers names \[3\] more than once"),
+        ({"layers": [3], "protect_last": 2}, "protect_first and protect_last are of order"),
+        ({"layers": [3], "seed": 2}, "seed is 2, but only order random draws"),
+        ({"order": "reverse", "remove_layers": 1, "seed": 2}, "seed is 2, but only order random draws"),
         ({"layers": [-1]}, r"layers names \[-1\]; give each layer to remove once, numbered from 0"),
         ({"layers": [1], "order": "random"}, "give one of them"),
         ({"layers": [1], "remove_layers": 2}, "give order, reverse or random"),

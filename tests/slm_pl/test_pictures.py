@@ -181,6 +181,7 @@ def test_scores_of_strangers_are_drawn_or_passed_over():
         {"layer": 3, "score": float("inf")},
         {"layer": -3, "score": 1.0},
         {"layer": 10**9, "score": 1.0},
+        {"layer": 3, "score": True},
         {"layer": 3, "high": 2, "score": 1.0},
         {"phase": "first", "layer": 3, "score": 1.0},
     ):
@@ -188,5 +189,20 @@ def test_scores_of_strangers_are_drawn_or_passed_over():
     for odd in ([1.0] * 4, [0.0] * 4, [-1.0, -2.0, -3.0], [1e299, -1e299, 5.0]):
         assert block_importance(importance_plan(scores(odd, 1), (1,))) is not None
         assert block_importance(importance_plan(scores(odd, 1), (1,), dense_score=2.0)) is not None
-    names = [{**good, "score": 1.0 * n, "layer": n % 7, "phase": n // 7} for n in range(3000)]
-    assert block_importance(importance_plan(names, ())) is not None
+    many = [{**good, "score": 1.0 * n, "layer": n % 7, "phase": n // 7} for n in range(300_000)]
+    assert block_importance(importance_plan(many, ())) is not None
+    assert block_importance(importance_plan([good] * 300_000, ())) is not None  # one bar, not so many
+
+
+def test_bars_below_the_dense_score_hang_from_it():
+    plan = importance_plan(scores([9.0, 9.5, 9.8, 9.5], 0), (0,), dense_score=10.0)
+    png = block_importance(plan)
+    assert png is not None
+    removed, kept = count(pixels(png), COLOURS[5]), count(pixels(png), COLOURS[0])
+    assert kept / removed == pytest.approx((0.5 + 0.2 + 0.5) / 1.0, rel=0.08)
+
+
+def test_equal_scores_are_bars():
+    png = block_importance(importance_plan(scores([5.0] * 4, 1), (1,)))
+    assert png is not None
+    assert count(pixels(png), COLOURS[0]) > 20_000

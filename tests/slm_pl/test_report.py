@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -256,14 +257,32 @@ def test_picture_is_a_png_with_every_bar(tmp_path):
 def test_many_models_are_a_line_each(tmp_path, capsys):
     names = [f"method{n}" for n in range(5)]
     pruned = {n: _results(n, n, perplexity=100.0 + i, latency=3.2) for i, n in enumerate(names)}
+    ruined = pruned["method4"].perplexity
+    ruined[0] = dataclasses.replace(ruined[0], value=3_032_846_592.0, stderr=1_161_448_840.0)
     compare(_save(tmp_path, dense=_results("dense"), **pruned))
     for text in ((tmp_path / "comparison.md").read_text(), capsys.readouterr().out):
         lines = [[cell.strip() for cell in line.replace("│", "|").strip("| ").split("|")] for line in text.split("\n")]
         cells = next(line for line in lines if line[0] == "method3")
         assert cells[:4] == ["method3", "24", "80 (80.0 %)", "103.00 ± 0.50"]
         assert "40.0 (1.25×)" in cells
+        assert next(line for line in lines if line[0] == "method4")[3] == "3.0e9 ± 1.2e9"
     data = json.loads((tmp_path / "comparison.json").read_text())
     assert [len(row["cells"]) for row in data["rows"]] == [6] * len(data["rows"])
+
+
+def test_narrow_terminal_gets_several_tables_and_no_folded_number(tmp_path, capsys, monkeypatch):
+    pruned = {f"method{n}": _results(f"method{n}", f"{n}", perplexity=100.0 + n) for n in range(6)}
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take the output for a terminal
+    monkeypatch.setenv("COLUMNS", "70")
+    compare(_save(tmp_path, dense=_results("dense"), **pruned))
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    tables = printed.split("Written:")[0].split("Comparison")[1:]
+    assert len(tables) > 1
+    lines = [line for table in tables for line in table.splitlines()]
+    assert max(map(len, lines)) <= 70
+    assert "104.00 ± 0.50" in printed
+    for n in range(6):
+        assert sum(f"method{n} " in line for line in lines) == len(tables)
 
 
 def _circles(png, colour):
@@ -295,6 +314,12 @@ def test_pareto_picture_has_speed_to_the_right_and_perplexity_upwards(tmp_path):
     # Tokens/s 32, 64 and 42.7; perplexity 20, 30 and 60. Rows of a picture count downwards.
     assert (slow_x - dense_x) / (fast_x - dense_x) == pytest.approx(1 / 3, abs=0.03)
     assert (dense_y - fast_y) / (dense_y - slow_y) == pytest.approx(1 / 4, abs=0.03)
+
+    # A text that only one of them was measured on does not keep the others out of the picture.
+    dense, other = _results("dense"), PerplexityResult("other", 128, "none", 4064, 9.0, 0.5)
+    dense.perplexity.insert(0, other)
+    compare(_save(tmp_path, dense=dense, fast=fast, slow=slow))
+    assert _circles(tmp_path / "pareto.png", COLOURS[2]) == pytest.approx((slow_y, slow_x), abs=3)
 
     fast.perplexity, slow.efficiency = [], []
     fast.missing["perplexity"] = slow.missing["efficiency"] = "not measured"

@@ -61,6 +61,8 @@ def test_json_has_the_names_other_programs_read():
         (lambda d: d["steps"][0].update(low="1"), "low is '1', not an integer"),
         (lambda d: d["steps"][0].update(consolidation="magic"), "consolidation is 'magic', allowed are"),
         (lambda d: d["steps"][1].update(layers=[1.5]), "not a list of integers"),
+        (lambda d: d["method"].update(init_args=None), "Method.init_args is None, not an object"),
+        (lambda d: d["method"].update(init_args=["threshold"]), "not an object"),
         (lambda d: d["base"].pop("num_layers"), "lacks the field 'num_layers'"),
     ],
 )

