@@ -22,9 +22,9 @@ class BlockInfluence(CompressionCallback):
     """Removes the decoder layers that turn the hidden state least.
 
     * ``cosine``: the layers of least block influence, one minus the mean cosine of a token's hidden state before and
-      after the layer (ShortGPT, https://arxiv.org/abs/2403.03853, equation 1).
+      after the layer (ShortGPT, https://arxiv.org/abs/2403.03853).
     * ``angular``: the run of n consecutive layers across which the last token's hidden state turns least,
-      arccos(cosine)/π averaged over the samples (Gromov et al., https://arxiv.org/abs/2403.17887, equation 7).
+      arccos(cosine)/π averaged over the samples (Gromov et al., https://arxiv.org/abs/2403.17887).
 
     Exactly one of ``remove_layers`` and ``ratio`` is given::
 

@@ -22,13 +22,13 @@ Row = dict[str, JSONValue]
 class ShortenedLLaMA(CompressionCallback):
     """Removes the decoder layers of least importance, all at once.
 
-    Shortened LLaMA, https://arxiv.org/abs/2402.02834 (section 3). The importance of a layer is one of
+    Shortened LLaMA, https://arxiv.org/abs/2402.02834. The importance of a layer is one of
 
-    * ``perplexity``: of the calibration text without the layer (equation 4);
+    * ``perplexity``: of the calibration text without the layer (their PPL);
     * ``taylor``: Σ |S|^p over the layer's weights with S = w · ∂L/∂w, where L is the mean cross-entropy of the whole
       calibration set. Samples may cancel in S; with ``per_sample`` they cannot: the mean over the samples of the sum
-      with each sample's own L (equation 3);
-    * ``magnitude``: Σ |w|^p over the layer's weights (equation 2); no calibration text is read.
+      with each sample's own L (their Taylor);
+    * ``magnitude``: Σ |w|^p over the layer's weights (their magnitude); no calibration text is read.
 
     Exactly one of ``remove_layers`` and ``ratio`` is given::
 

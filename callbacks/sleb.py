@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class SLEB(CompressionCallback):
     """Removes, again and again, the decoder layer that the model as it is by then misses least.
 
-    SLEB, https://arxiv.org/abs/2402.09025 (algorithm 1, metric 3). In each phase every layer that may go is removed by
+    SLEB, https://arxiv.org/abs/2402.09025. In each phase every layer that may go is removed by
     itself from what earlier phases left; the one without which the negative log-likelihood of the calibration text is
     lowest goes for good. Of equals the lowest goes.
 

@@ -132,7 +132,7 @@ def run_layers(
     return hidden
 
 
-def token_losses(model: "PreTrainedModel", hidden: Tensor, ids: Tensor, logits_bytes: int = 64 * 2**20) -> Tensor:
+def token_losses(model: "PreTrainedModel", hidden: Tensor, ids: Tensor, logits_bytes: int = 48 * 2**20) -> Tensor:
     """Cross-entropy of every next token, in nats, from the output of the last decoder layer.
 
     The logits of a slice of the tokens at a time are in memory, in float32.

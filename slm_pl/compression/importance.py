@@ -22,7 +22,7 @@ Importance = dict[int, dict[str, float]]
 
 
 def magnitude(model: "PreTrainedModel", layers: Sequence[int], norm_power: int) -> Importance:
-    """Σ |w|^p of every parameter (Shortened LLaMA, arXiv 2402.02834, equation 2).
+    """Σ |w|^p of every parameter (Shortened LLaMA, arXiv 2402.02834, magnitude criterion).
 
     Raises:
         FloatingPointError: If a weight is not finite.
@@ -47,8 +47,8 @@ def taylor(
 ) -> Importance:
     """Σ |w · ∂L/∂w|^p of every parameter, with L the mean cross-entropy per predicted token, in nats.
 
-    The first-order change of the loss if the parameter were zero (Shortened LLaMA, arXiv 2402.02834, equation 3; the
-    authors' program sums w · ∂L/∂w over all samples and then takes the absolute value of each entry).
+    The first-order change of the loss if the parameter were zero (Shortened LLaMA, arXiv 2402.02834, Taylor criterion;
+    the authors' program sums w · ∂L/∂w over all samples and then takes the absolute value of each entry).
 
     Args:
         model: A Hugging Face causal language model of a known architecture; it is only read.

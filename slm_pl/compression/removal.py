@@ -73,7 +73,7 @@ class RemovalSweep:
         self.layers = list(decoder_layers(model))
         budget = memory_budget * 2**30
         # The loss of a slice holds its logits, their float32 form and one temporary.
-        self._logits_bytes = int(min(64 * 2**20, budget / 8))
+        self._logits_bytes = int(min(48 * 2**20, budget / 8))
         fitting = int((budget - 3 * self._logits_bytes) // self._sample_bytes(samples, budget))
         self.chunk_size = max(1, min(fitting, len(samples)))
         self._chunks: list[_Chunk] = []

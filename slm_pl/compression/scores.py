@@ -140,7 +140,7 @@ def aligned(cross: float, first: float, second: float) -> float:
 
 
 def block_influence(before: Tensor, after: Tensor) -> Tensor:
-    """How much a layer turns each token's hidden state: 1 − cosine (ShortGPT, arXiv 2403.03853, equation 1).
+    """How much a layer turns each token's hidden state: 1 − cosine (ShortGPT, arXiv 2403.03853).
 
     Args:
         before: Input of the layer, ``[batch, tokens, hidden]``.
@@ -153,7 +153,7 @@ def block_influence(before: Tensor, after: Tensor) -> Tensor:
 
 
 def angular_distance(before: Tensor, after: Tensor) -> Tensor:
-    """Angle between hidden states as a share of a half turn (Gromov et al., arXiv 2403.17887, equation 7).
+    """Angle between hidden states as a share of a half turn (Gromov et al., arXiv 2403.17887).
 
     Args:
         before: ``[batch, hidden]``.
