@@ -17,6 +17,8 @@ LEVELS = {
     "slm_pl.pictures": 2,
     "slm_pl.results": 3,
     "slm_pl.comparison": 3,
+    "slm_pl.figures": 3,
+    "slm_pl.charts": 3,
     "slm_pl.report": 3,
     "slm_pl.module": 4,
     "slm_pl.trainer": 4,
