@@ -273,6 +273,7 @@ def test_many_models_are_a_line_each(tmp_path, capsys):
 def test_narrow_terminal_gets_several_tables_and_no_folded_number(tmp_path, capsys, monkeypatch):
     pruned = {f"method{n}": _results(f"method{n}", f"{n}", perplexity=100.0 + n) for n in range(6)}
     monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take the output for a terminal
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one always has 80 columns
     monkeypatch.setenv("COLUMNS", "70")
     compare(_save(tmp_path, dense=_results("dense"), **pruned))
     printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
