@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tests.benchmarks.depth", description="Speed of SLEB and memory of the Taylor criterion."
     )
     parser.add_argument("--calibration", default="embedded", metavar="FILE", help="of SLEB: a .json of token ids")
-    parser.add_argument("--samples", type=int, default=8, help="of SLEB: windows of 128 tokens (%(default)s)")
+    parser.add_argument("--samples", type=int, default=4, help="of SLEB: windows of 128 tokens (%(default)s)")
     parser.add_argument("--only", choices=("sleb", "taylor"), help="run this part alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
