@@ -10,9 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.base import CompressionCallback, EarlyCheck, on_first_rank
 from slm_pl import files
-from slm_pl.console import LOAD_EXAMPLE
+from slm_pl.console import load_example
 from slm_pl.errors import UsageError
-from slm_pl.export import save_compressed
+from slm_pl.export import needs_own_code, save_compressed
 from slm_pl.module import CausalLM, may_overwrite
 from slm_pl.pictures import load_figures
 
@@ -21,7 +21,8 @@ class ExportCheckpoint(EarlyCheck):
     """Exports at the end of ``fit``, LoRA merged; in ``prune``, right after compression.
 
     The directory holds safetensors, config, generation config, tokenizer, every ``plan.json`` and a model card. It
-    needs nothing but transformers to load, and appears only when it is whole. Put it below the compression callbacks::
+    needs nothing but transformers to load, and appears only when it is whole. If the layers differ in width, it brings
+    the code that says so to transformers (``trust_remote_code=True``). Put it below the compression callbacks::
 
         trainer:
           callbacks:
@@ -112,7 +113,7 @@ class ExportCheckpoint(EarlyCheck):
             save_compressed(model, tokenizer, directory, plans, recovered, overwrite, figures)
 
         on_first_rank(trainer, write)
-        rank_zero_info(f"Exported to {directory}. Load it with:\n{LOAD_EXAMPLE.format(path=directory)}")
+        rank_zero_info(f"Exported to {directory}. Load it with:\n{load_example(directory, needs_own_code(model))}")
 
 
 def _holds(outer: str, inner: str) -> bool:

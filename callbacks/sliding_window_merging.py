@@ -96,7 +96,7 @@ class SlidingWindowMerging(CompressionCallback):
 
     def plan(self, model: "PreTrainedModel", calibration: CalibrationSet) -> Plan:
         """Searches the windows; see the class."""
-        check_consolidation(model, self.consolidation)
+        check_consolidation(model, self.consolidation, self.other_parameters)
         if self.similarity == "cka" and calibration.shortest < LEAST_TOKENS:
             raise UsageError(
                 f"similarity is 'cka', which needs samples of at least {LEAST_TOKENS} tokens; the shortest calibration "

@@ -2,12 +2,30 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-LOAD_EXAMPLE = """\
+OWN_CODE = "modeling_pruned"
+"""Module of a checkpoint whose layers differ in width."""
+
+_LOAD_EXAMPLE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{path}")
+model = AutoModelForCausalLM.from_pretrained("{path}"{options})
 tokenizer = AutoTokenizer.from_pretrained("{path}")"""
-"""What to say of an exported checkpoint."""
+
+
+def load_example(path: str, own_code: bool) -> str:
+    """What to say of an exported checkpoint.
+
+    Args:
+        path: Where it is.
+        own_code: Whether its layers differ in width, so that it brings the code that loads it.
+    """
+    return _LOAD_EXAMPLE.format(path=path, options=", trust_remote_code=True" if own_code else "")
+
+
+def brings_code(path: str) -> bool:
+    """Whether a checkpoint directory brings the code that loads it."""
+    return (Path(path) / f"{OWN_CODE}.py").is_file()
 
 
 @contextlib.contextmanager

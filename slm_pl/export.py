@@ -1,16 +1,28 @@
 """Ordinary Hugging Face checkpoints of compressed models."""
 
+import inspect
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slm_pl import files
+from slm_pl.compression import modeling
 from slm_pl.compression.architecture import num_layers
-from slm_pl.compression.plan import MergeLayers, Plan, Step, count_parameters, load_plans, save_plans
-from slm_pl.console import LOAD_EXAMPLE
-from slm_pl.loading import load_model, load_tokenizer, resolve
-from slm_pl.pictures import IMPORTANCE, TRACE, trace_pictures
+from slm_pl.compression.plan import (
+    DropLayers,
+    KeepChannels,
+    KeepHidden,
+    MergeLayers,
+    Plan,
+    count_parameters,
+    load_plans,
+    save_plans,
+)
+from slm_pl.console import OWN_CODE, load_example
+from slm_pl.loading import load_model, load_tokenizer, resolve, stock_class
+from slm_pl.pictures import IMPORTANCE, TRACE, WIDTHS, trace_pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +38,9 @@ def save_compressed(
     figures: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Writes a checkpoint that stock transformers loads; the directory is whole or absent.
+
+    If the layers differ in width, the directory holds ``modeling_pruned.py``, a copy of
+    :mod:`slm_pl.compression.modeling`, and the config names it: transformers runs it with ``trust_remote_code=True``.
 
     Args:
         model: The compressed model, adapters merged.
@@ -43,7 +58,9 @@ def save_compressed(
         UsageError: If the directory is not empty and ``overwrite`` is false, or cannot be written.
     """
     with files.new_directory(directory, overwrite) as temporary:
-        model.save_pretrained(temporary)
+        # Transformers renames weights for some of its own classes, and reads the old names for those alone.
+        model.save_pretrained(temporary, save_original_format=not needs_own_code(model))
+        _name_class(model, temporary)
         tokenizer.save_pretrained(temporary)
         save_plans(plans, temporary)
         shown: dict[str, bytes] = {}
@@ -55,6 +72,28 @@ def save_compressed(
         pictures = [name for name in shown if name.endswith(".png")]
         (temporary / "README.md").write_text(_model_card(model, plans, recovered, pictures), encoding="utf-8")
     return Path(directory)
+
+
+def needs_own_code(model: "PreTrainedModel") -> bool:
+    """Whether stock transformers cannot build the model: its layers differ in width."""
+    return hasattr(model.config, "layer_widths")
+
+
+def _name_class(model: "PreTrainedModel", directory: Path) -> None:
+    """Says in the saved config which class the model is of, and brings its code if that is ours."""
+    stock = stock_class(model.config).__name__
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("auto_map", None)
+    config["architectures"] = [stock]
+    if needs_own_code(model):
+        own = f"Pruned{stock}"
+        config["architectures"] = [own]
+        config["auto_map"] = {"AutoModelForCausalLM": f"{OWN_CODE}.{own}"}
+        code = inspect.getsource(modeling)
+        code += f"\n\nfrom transformers import {stock}  # noqa: E402\n\n{own} = with_widths({stock})\n"
+        (directory / f"{OWN_CODE}.py").write_text(code, encoding="utf-8")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_compressed(
@@ -77,13 +116,33 @@ def public_name(pretrained: str) -> str:
     return Path(pretrained).name if Path(pretrained).exists() else pretrained
 
 
-_ALT_TEXTS = {TRACE: "Every try of the search", IMPORTANCE: "The score of every layer"}
+_ALT_TEXTS = {
+    TRACE: "Every try of the search",
+    IMPORTANCE: "The score of every layer",
+    WIDTHS: "How wide every layer is",
+}
 
 
-def _describe(step: Step) -> str:
-    if isinstance(step, MergeLayers):
-        return f"merge layers {step.low}–{step.high} into one ({step.consolidation}, norms: {step.other_parameters})"
-    return f"remove layers {', '.join(map(str, step.layers))}"
+def _describe(plan: Plan) -> list[str]:
+    """What a plan did, a line for each step; one for all layers that were made narrower."""
+    lines: list[str] = []
+    for step in plan.steps:
+        if isinstance(step, MergeLayers):
+            norms = f"norms: {step.other_parameters}"
+            lines.append(f"merge layers {step.low}–{step.high} into one ({step.consolidation}, {norms})")
+        elif isinstance(step, DropLayers):
+            lines.append(f"remove layers {', '.join(map(str, step.layers))}")
+        elif isinstance(step, KeepHidden):
+            lines.append(f"keep {len(step.indices):,} channels of the hidden state")
+    for group, unit in (("attention", "KV groups"), ("mlp", "MLP channels")):
+        narrow = [step for step in plan.steps if isinstance(step, KeepChannels) and step.group == group]
+        if narrow:
+            widths = sorted(len(step.indices) for step in narrow)
+            span = f"{widths[0]:,}" if widths[0] == widths[-1] else f"{widths[0]:,} to {widths[-1]:,}"
+            biased = ", with a bias in their place" if any(step.bias for step in narrow) else ""
+            layers = [step.layer for step in narrow]
+            lines.append(f"keep {span} {unit} in {len(layers)} layers from {min(layers)} to {max(layers)}{biased}")
+    return lines
 
 
 def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool, pictures: list[str]) -> str:
@@ -104,8 +163,8 @@ def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool, pi
         ]
         for number, plan in enumerate(plans, start=1):
             arguments = ", ".join(f"{k}={v}" for k, v in plan.method.init_args.items() if v is not None)
-            for step in plan.steps:
-                lines.append(f"| {number} | `{plan.method.class_path}({arguments})` | {_describe(step)} |")
+            for what in _describe(plan):
+                lines.append(f"| {number} | `{plan.method.class_path}({arguments})` | {what} |")
         lines += ["", "The plans beside this file (`plan.json`, …) hold every try of the search. Their sha256:"]
         lines += [f"`{plan.sha256}`" for plan in plans]
     else:
@@ -113,7 +172,13 @@ def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool, pi
     for picture in pictures:
         what = _ALT_TEXTS.get(picture.partition(".")[0], "How alike the layers were before")
         lines += ["", f"![{what}]({picture})"]
-    lines += ["", "```python", LOAD_EXAMPLE.format(path="."), "```", ""]
+    lines += ["", "```python", load_example(".", needs_own_code(model)), "```", ""]
+    if needs_own_code(model):
+        lines += [
+            f"Its layers differ in width, which `{OWN_CODE}.py` beside this file tells transformers. With slm_pl, "
+            '`slm_pl.export.load_compressed(".")` loads it without running that file.',
+            "",
+        ]
     lines += [
         "The licence of the base model applies to this checkpoint; so does that of the data it was trained on.",
         "",

@@ -12,10 +12,12 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from slm_pl import files
+from slm_pl.compression.modeling import with_widths
+from slm_pl.compression.structures import width_layout
 from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -73,27 +75,44 @@ def resolve(pretrained: str, revision: str | None = None, trust_remote_code: boo
 def load_model(source: Source, dtype: DType = "auto", attn_implementation: str | None = None) -> "PreTrainedModel":
     """Loads a causal language model on the CPU, in eval mode.
 
+    One whose layers differ in width needs no code of its own: this package knows how to build it.
+
     Raises:
         UsageError: If there is no such model, it cannot be reached, it lacks weights, or it needs code of its own that
             was not trusted.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+        loader: type = AutoModelForCausalLM
+        trust: dict[str, bool] = {"trust_remote_code": source.trust_remote_code}
+        if hasattr(config, "layer_widths"):
+            loader, trust = with_widths(stock_class(config), width_layout), {}
+        loaded = loader.from_pretrained(  # type: ignore[attr-defined]
             source.location,
+            config=config,
             revision=source.revision,
             dtype=dtype,
             attn_implementation=attn_implementation,
-            trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **trust,
         )
     except Exception as error:  # a broken file ends in any of them: SafetensorError, KeyError, struct.error, …
         raise _unreadable(source, "model", error) from error
     model = _complete(loaded, source.pretrained)
     model.config._name_or_path = source.pretrained
     return model
+
+
+def stock_class(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
+    """The causal language model of transformers for a config."""
+    from transformers import AutoModelForCausalLM
+
+    return cast("type[PreTrainedModel]", AutoModelForCausalLM._model_mapping[type(config)])
 
 
 def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":

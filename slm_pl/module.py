@@ -16,6 +16,7 @@ from slm_pl import files, loading
 from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.plan import Plan, count_parameters, load_plans
 from slm_pl.errors import UsageError
+from slm_pl.evaluation.generation import complete
 from slm_pl.results import Environment, ModelIdentity, Results
 
 if TYPE_CHECKING:
@@ -210,17 +211,15 @@ class CausalLM(pl.LightningModule):
             The batch and ``completion``.
         """
         assert self.model is not None
-        inputs = self.tokenizer(batch["prompt"], return_tensors="pt").to(self.device)
-        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)  # type: ignore[operator]
-        completion = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        self.predictions.append({**batch, "completion": str(completion)})
+        completion = complete(self.model, self.tokenizer, batch["prompt"], self.max_new_tokens)
+        self.predictions.append({**batch, "completion": completion})
         return self.predictions[-1]
 
     def on_predict_start(self) -> None:
         """Forgets the completions of an earlier run."""
         self.predictions = []
 
-    def on_predict_end(self) -> None:
+    def on_predict_epoch_end(self) -> None:
         """Writes ``predictions.json``, with the completions of all ranks in the order of the prompts."""
         parts = [self.predictions]
         if dist.is_available() and dist.is_initialized():

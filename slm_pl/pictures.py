@@ -1,24 +1,20 @@
 """What a search saw, as PNG files."""
 
-import contextlib
-import io
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from slm_pl.compression.plan import DropLayers, JSONValue, MergeLayers, Plan
+from slm_pl.drawing import COLOURS, GREY, is_number, new_figure, plain, plain_text, set_title, shortened, to_png
+from slm_pl.width_pictures import layer_widths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart; black and yellow left out.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _ACCEPTED, _MERGED, _REJECTED = COLOURS[0], COLOURS[2], COLOURS[5]
-_GREY = "#555555"
 
 MATRIX = "representation_similarity"
 """Name of the similarity matrix of a tested model's layers, as ``.json`` and ``.png``."""
@@ -27,23 +23,25 @@ _MOST_LAYERS = 1000
 _MOST_SCORES = 50_000  # of a trace that may come from a stranger's file; all phases of 300 layers are fewer
 
 
-TRACE, IMPORTANCE = "search_trace", "block_importance"
-"""Names of the picture of a plan: of a search over windows, or of the scores of single layers."""
+TRACE, IMPORTANCE, WIDTHS = "search_trace", "block_importance", "layer_widths"
+"""Names of the picture of a plan: of a search over windows, of the scores of single layers, or of their widths."""
 
 
-def trace_names(number: int) -> tuple[str, str]:
+def trace_names(number: int) -> tuple[str, str, str]:
     """File names that the picture of a model's first, second, … plan may have."""
     end = ".png" if number == 1 else f".{number}.png"
-    return TRACE + end, IMPORTANCE + end
+    return TRACE + end, IMPORTANCE + end, WIDTHS + end
 
 
 def trace_pictures(plan: Plan, number: int) -> dict[str, bytes]:
-    """Draws what a plan's trace holds.
+    """Draws what a plan's trace holds, and how wide it leaves the layers.
 
     Returns:
-        A PNG by its file name as the picture of the model's plan of this number; nothing for an empty trace.
+        A PNG by its file name as the picture of the model's plan of this number; nothing for an empty trace of a plan
+        that makes no layer narrower.
     """
-    drawn = zip(trace_names(number), (search_trace(plan), block_importance(plan)), strict=True)
+    pictures = (search_trace(plan), block_importance(plan), layer_widths(plan))
+    drawn = zip(trace_names(number), pictures, strict=True)
     return {name: picture for name, picture in drawn if picture is not None}
 
 
@@ -88,8 +86,8 @@ def search_trace(plan: Plan) -> bytes | None:
         return None
     numbers = list(range(1, len(tries) + 1))
     windows = [(s.low, s.high) for s in plan.steps if isinstance(s, MergeLayers)]
-    with _plain_text():
-        figure = _figure(max(6.5, min(14.0, 2.5 + 0.24 * len(tries))), 6.2)
+    with plain_text():
+        figure = new_figure(max(6.5, min(14.0, 2.5 + 0.24 * len(tries))), 6.2)
         above, below = figure.subplots(2, 1, sharex=True)
         _draw_similarities(above, numbers, tries, plan.outcome.get("threshold"))
         above.set_ylabel(f"{plan.method.init_args.get('similarity', 'similarity')} to the dense model", fontsize=9)
@@ -100,8 +98,8 @@ def search_trace(plan: Plan) -> bytes | None:
         decided = f", the search of {count} that decided" if count > 1 else ""
         cut = ", last window cut to fit" if plan.outcome.get("cut_to_fit") else ""
         tried = "1 try" if len(tries) == 1 else f"{len(tries)} tries"
-        _title(figure, f"{plan.base.num_layers} → {left} layers: {tried}{decided}{cut}")
-        return _png(figure)
+        set_title(figure, f"{plan.base.num_layers} → {left} layers: {tried}{decided}{cut}")
+        return to_png(figure)
 
 
 def _is_try(row: dict[str, JSONValue]) -> bool:
@@ -133,14 +131,14 @@ def _draw_similarities(
         # One that is far below all values would press them into a line at the top.
         inside = threshold > lowest - max(0.15, highest - lowest)
         label = f"threshold {threshold:.4g}" + ("" if inside else " (below)")
-        axes.plot([], [], color=_GREY, linestyle="--", linewidth=1.2, label=label)
+        axes.plot([], [], color=GREY, linestyle="--", linewidth=1.2, label=label)
         if inside:
-            axes.axhline(threshold, color=_GREY, linestyle="--", linewidth=1.2, zorder=2)
+            axes.axhline(threshold, color=GREY, linestyle="--", linewidth=1.2, zorder=2)
             lowest, highest = min(lowest, threshold), max(highest, threshold)
     room = max(0.005, 0.07 * (highest - lowest))
     axes.set_ylim(lowest - 2.5 * room, highest + room)  # the legend is below
     axes.legend(fontsize=8, frameon=False, loc="lower left", ncols=3)
-    _plain(axes)
+    plain(axes)
 
 
 def _draw_windows(
@@ -179,7 +177,7 @@ def _draw_windows(
     axes.set_xlim(0.3, len(tries) + 0.7)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _plain(axes)
+    plain(axes)
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ def _score_of(row: dict[str, JSONValue]) -> _Score | None:
         return None
     if not (0 <= phase < _MOST_LAYERS and 0 <= layer <= last < _MOST_LAYERS):
         return None
-    if not _is_number(value):
+    if not is_number(value):
         return None
     return _Score(
         phase, layer, float(cast(float, value)), row.get("removed") is True, row.get("protected") is True, last
@@ -225,11 +223,11 @@ def block_importance(plan: Plan) -> bytes | None:
     first = list({score.layer: score for score in scores if score.phase == start}.values())
     later = [score for score in scores if score.phase != start]
     dense = plan.outcome.get("dense_score")
-    base, cap = _bar_range([score.value for score in first], cast(float, dense) if _is_number(dense) else None)
+    base, cap = _bar_range([score.value for score in first], cast(float, dense) if is_number(dense) else None)
     dropped = [layer for step in plan.steps if isinstance(step, DropLayers) for layer in step.layers]
-    with _plain_text():
+    with plain_text():
         width = max(6.5, min(14.0, 2.0 + 0.26 * len(first)))
-        figure = _figure(width, 5.6 if later else 3.8)
+        figure = new_figure(width, 5.6 if later else 3.8)
         if later:
             above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
             _draw_phases(below, scores)
@@ -237,10 +235,10 @@ def block_importance(plan: Plan) -> bytes | None:
             above = below = figure.subplots()
         order = {score.layer: number for number, score in enumerate((s for s in scores if s.removed), 1)}
         _draw_bars(above, first, dropped, order if later else {}, base, cap)
-        if _is_number(dense):
-            above.axhline(base, color=_GREY, linewidth=1, label=f"dense {base:.4g}")
-        what = _shortened(str(plan.outcome.get("score", "score")), 60)
-        if base and not _is_number(dense):
+        if is_number(dense):
+            above.axhline(base, color=GREY, linewidth=1, label=f"dense {base:.4g}")
+        what = shortened(str(plan.outcome.get("score", "score")), 60)
+        if base and not is_number(dense):
             what += " (axis does not begin at 0)"
         above.set_ylabel(textwrap.fill(what, 34), fontsize=9)
         above.legend(fontsize=8, frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
@@ -252,12 +250,8 @@ def block_importance(plan: Plan) -> bytes | None:
             (plan.method.init_args[key] for key in ("criterion", "distance") if key in plan.method.init_args), ""
         )
         left = plan.base.num_layers - len(dropped)
-        _title(figure, f"{name}{f' ({how})' if how else ''}: {plan.base.num_layers} → {left} layers")
-        return _png(figure)
-
-
-def _is_number(value: JSONValue) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < 1e300
+        set_title(figure, f"{name}{f' ({how})' if how else ''}: {plan.base.num_layers} → {left} layers")
+        return to_png(figure)
 
 
 def _bar_range(values: list[float], dense: float | None) -> tuple[float, float]:
@@ -320,7 +314,7 @@ def _draw_bars(
     layers = [score.layer for score in scores]
     axes.set_xlim(min(layers) - 0.8, max(layers) + 0.8)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
-    _plain(axes)
+    plain(axes)
 
 
 def _draw_phases(axes: "Axes", scores: list[_Score]) -> None:
@@ -348,7 +342,7 @@ def _draw_phases(axes: "Axes", scores: list[_Score]) -> None:
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, aspect=12, extend="max")
     bar.set_label("above the phase's least", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    _plain(axes)
+    plain(axes)
 
 
 def similarity_matrix(
@@ -369,8 +363,8 @@ def similarity_matrix(
 
     n = len(matrix)
     ticks = list(range(0, n, max(1, round(n / 10))))
-    with _plain_text():
-        figure = _figure(7.2, 6.2)
+    with plain_text():
+        figure = new_figure(7.2, 6.2)
         axes = figure.subplots()
         smallest = min(min(row) for row in matrix)
         image = axes.imshow(matrix, origin="lower", cmap="viridis", vmin=min(smallest, 0.99), vmax=1)
@@ -385,41 +379,5 @@ def similarity_matrix(
         axes.set_ylabel("decoder layer", fontsize=9)
         axes.tick_params(length=2, colors="#333333")
         figure.colorbar(image, ax=axes, shrink=0.9, label="CKA").ax.tick_params(labelsize=8)
-        _title(figure, title)
-        return _png(figure)
-
-
-@contextlib.contextmanager
-def _plain_text() -> Iterator[None]:
-    """Takes a ``$`` in a name for what it is, not for the beginning of a formula."""
-    from matplotlib import rc_context
-
-    with rc_context({"text.parse_math": False}):
-        yield
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    # A Figure of its own, not pyplot's: nothing global is touched, and it is drawn by Agg.
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _title(figure: "Figure", text: str) -> None:
-    shown = _shortened(text, int(figure.get_figwidth() * 11))  # characters in a line
-    figure.suptitle(shown, fontsize=10, fontweight="bold", x=0.01, ha="left")
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _plain(axes: "Axes") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8, colors=_GREY)
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    return buffer.getvalue()
+        set_title(figure, title)
+        return to_png(figure)

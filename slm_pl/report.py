@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from slm_pl.charts import comparison_bars, pareto_plot
 from slm_pl.comparison import Comparison, line_up
-from slm_pl.console import LOAD_EXAMPLE
+from slm_pl.console import brings_code, load_example
 from slm_pl.figures import cell_text
 from slm_pl.files import write_bytes, write_text
 from slm_pl.results import SCHEMA_VERSION, Results
@@ -176,4 +176,6 @@ def _print(comparison: Comparison, pareto: bool) -> None:
     )
     if comparison.export is not None:
         console.print(Text(f"\nThe compressed model: {comparison.export}\nLoad it with"), soft_wrap=True)
-        console.print(Text(LOAD_EXAMPLE.format(path=comparison.export), style="bold"), soft_wrap=True)
+        console.print(
+            Text(load_example(comparison.export, brings_code(comparison.export)), style="bold"), soft_wrap=True
+        )

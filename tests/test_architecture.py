@@ -15,6 +15,7 @@ LEVELS = {
     "slm_pl.evaluation": 2,
     "slm_pl.export": 2,
     "slm_pl.pictures": 2,
+    "slm_pl.width_pictures": 2,
     "slm_pl.results": 3,
     "slm_pl.comparison": 3,
     "slm_pl.figures": 3,

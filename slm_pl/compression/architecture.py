@@ -5,7 +5,7 @@ To support another architecture, add one entry to :data:`ARCHITECTURES` and its 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ _GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _FUSED_MLP = ("mlp.gate_up_proj", "mlp.down_proj")
 _NEOX_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
+Group = Literal["attention", "mlp"]
+"""What can be made narrower: attention by KV groups (heads, without grouped queries), MLPs by intermediate channels."""
+GROUPS: tuple[Group, ...] = ("attention", "mlp")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -30,18 +34,38 @@ class Architecture:
         layers: Path of the ``ModuleList`` of decoder layers, from the causal language model.
         final: Paths of the modules between the last decoder layer and the language-model head, in order. One that a
             model of this type does not have is passed over.
-        projections: Paths of the linear maps inside one decoder layer. All other parameters of a layer, and the
-            biases, are its *other parameters*.
+        attention: Paths of attention's linear maps inside one decoder layer: query, key, value and output, or one map
+            for the first three and the output.
+        mlp: The same of its MLP: the maps that read the hidden state (gate and up, one map for both, or up alone) and
+            the one that writes it. Empty if it has experts only.
+        attention_order: How the rows of one map for query, key and value are ordered: all queries, then all keys, then
+            all values, or those of one head after another.
+        head_norms: Norms over the queries and over the keys of all heads together.
+        fixed_heads: Why no head can be removed; null where they can.
+        own_head_dim: Whether the config says the size of a head, so that there can be fewer of them.
+        intermediate: The config field of the MLP's width; null where it follows from the hidden size.
         experts: Names of the parameters of the experts and their router inside one decoder layer. They are kept with
-            the projections. The experts of two layers do not correspond, so no sum or mean of them is formed.
+            the projections. The experts of two layers do not correspond, so no sum or mean of them is formed, and they
+            keep their width.
         per_layer_lists: Config fields that hold one entry for each layer.
     """
 
     layers: str = "model.layers"
     final: tuple[str, ...] = ("model.norm",)
-    projections: tuple[str, ...] = _ATTENTION + _GATED_MLP
+    attention: tuple[str, ...] = _ATTENTION
+    mlp: tuple[str, ...] = _GATED_MLP
+    attention_order: Literal["separate", "stacked", "by_head"] = "separate"
+    head_norms: tuple[str, ...] = ()
+    fixed_heads: str | None = None
+    own_head_dim: bool = True
+    intermediate: str | None = "intermediate_size"
     experts: tuple[str, ...] = ()
-    per_layer_lists: tuple[str, ...] = ("layer_types",)
+    per_layer_lists: tuple[str, ...] = ("layer_types", "layer_widths")
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Paths of the linear maps inside a decoder layer; all other parameters and the biases are its *others*."""
+        return self.attention + self.mlp
 
 
 _EXPERTS = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -50,34 +74,40 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bloom": Architecture(
         layers="transformer.h",
         final=("transformer.ln_f",),
-        projections=("self_attention.query_key_value", "self_attention.dense", *_NEOX_MLP),
+        attention=("self_attention.query_key_value", "self_attention.dense"),
+        attention_order="by_head",
+        mlp=_NEOX_MLP,
+        fixed_heads="its position biases (ALiBi) go by the number of the head",
+        own_head_dim=False,
+        intermediate=None,
     ),
     "gemma2": Architecture(),
     "gemma3_text": Architecture(),
-    "glm4": Architecture(projections=_ATTENTION + _FUSED_MLP),
+    "glm4": Architecture(mlp=_FUSED_MLP),
     "gpt_neox": Architecture(
         layers="gpt_neox.layers",
         final=("gpt_neox.final_layer_norm",),
-        projections=("attention.query_key_value", "attention.dense", *_NEOX_MLP),
+        attention=("attention.query_key_value", "attention.dense"),
+        attention_order="by_head",
+        mlp=_NEOX_MLP,
+        own_head_dim=False,
     ),
     "granite": Architecture(),
     "llama": Architecture(),
     "mistral": Architecture(),
-    "mixtral": Architecture(projections=_ATTENTION, experts=_EXPERTS),
-    "olmo2": Architecture(),
+    "mixtral": Architecture(mlp=(), experts=_EXPERTS),
+    "olmo2": Architecture(head_norms=("self_attn.q_norm", "self_attn.k_norm")),
     "opt": Architecture(
         layers="model.decoder.layers",
         final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
-        projections=(
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-            "self_attn.out_proj",
-            "fc1",
-            "fc2",
-        ),
+        attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+        mlp=("fc1", "fc2"),
+        own_head_dim=False,
+        intermediate="ffn_dim",
     ),
-    "phi3": Architecture(projections=("self_attn.qkv_proj", "self_attn.o_proj", *_FUSED_MLP)),
+    "phi3": Architecture(
+        attention=("self_attn.qkv_proj", "self_attn.o_proj"), attention_order="stacked", mlp=_FUSED_MLP
+    ),
     "qwen2": Architecture(),
     "qwen3": Architecture(),
     # Some of its layers may have an ordinary MLP.
@@ -201,5 +231,59 @@ def lora_targets(model: "PreTrainedModel") -> list[str]:
     There, PEFT takes the names of an MLP's projections for the experts, also where some layers have an ordinary MLP.
     """
     architecture = architecture_of(model)
-    paths = _ATTENTION if architecture.experts else architecture.projections
+    paths = architecture.attention if architecture.experts else architecture.projections
     return sorted({path.rpartition(".")[2] for path in paths})
+
+
+def attention_of(layer: nn.Module, architecture: Architecture) -> nn.Module:
+    """The attention module of a decoder layer."""
+    return layer.get_submodule(architecture.attention[-1].rpartition(".")[0])
+
+
+def head_sizes(layer: nn.Module, architecture: Architecture) -> tuple[int, int]:
+    """How many entries a head has, and how many query heads share one key/value head."""
+    attention = attention_of(layer, architecture)
+    size = getattr(attention, "head_dim", None) or attention.head_size
+    return int(size), int(getattr(attention, "num_key_value_groups", 1))  # type: ignore[arg-type]
+
+
+def set_equal_widths(model: "PreTrainedModel", heads: int | None, groups: int | None, channels: int | None) -> None:
+    """Writes widths that all layers share into the config, as stock transformers reads them.
+
+    Args:
+        model: The model; its layers have these widths already.
+        heads: Query heads of each layer; None if no attention was made narrower.
+        groups: Its key/value heads.
+        channels: Intermediate channels of each MLP; None if no MLP was made narrower.
+    """
+    architecture, config = architecture_of(model), model.config
+    if heads is not None:
+        config.head_dim = head_sizes(decoder_layers(model)[0], architecture)[0]  # else it would follow from the heads
+        config.num_attention_heads = heads
+        config.num_key_value_heads = groups
+    if channels is not None:
+        assert architecture.intermediate is not None
+        setattr(config, architecture.intermediate, channels)
+
+
+def hidden_size(model: "PreTrainedModel") -> int:
+    """How many channels the hidden state between two decoder layers has."""
+    return int(model.config.get_text_config().hidden_size)
+
+
+def set_hidden_size(model: "PreTrainedModel", channels: int) -> None:
+    """Makes the config and the modules agree on the width of a hidden state whose parameters have it already."""
+    architecture, config, old = architecture_of(model), model.config, hidden_size(model)
+    config.head_dim = head_sizes(decoder_layers(model)[0], architecture)[0]  # else it would follow from the hidden size
+    config.hidden_size = channels
+    for module in model.modules():
+        for name in ("hidden_size", "hidden_dim", "embedding_dim"):
+            if getattr(module, name, None) == old:
+                setattr(module, name, channels)
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        if isinstance(module, nn.LayerNorm):
+            module.normalized_shape = tuple(module.weight.shape)
+        if hasattr(module, "embed_scale"):  # Gemma's, the root of the hidden size
+            module.embed_scale.fill_(channels**0.5)  # type: ignore[operator]
+            module.scalar_embed_scale = channels**0.5

@@ -33,6 +33,7 @@ def layer_gradients(
     visit: Visit,
     kept: Sequence[int] | None = None,
     over_ranks: bool = True,
+    visit_squares: Visit | None = None,
 ) -> int:
     """Differentiates the sum of the cross-entropy over all predicted tokens of all batches.
 
@@ -43,6 +44,8 @@ def layer_gradients(
             them call it in the same order.
         kept: The layers that the model consists of, in order; None for all.
         over_ranks: The sum goes over the batches of all ranks; else over this rank's alone.
+        visit_squares: Called before ``visit`` with the sum, over the batches, of the squared gradient of each batch's
+            mean loss.
 
     Returns:
         The number of predicted tokens of this rank's batches.
@@ -54,7 +57,7 @@ def layer_gradients(
     with _own_gradients(model), torch.enable_grad():
         upstream = [_head_gradient(model, states.pop(), ids) for ids, states, _ in runs]
         for index in reversed(kept):
-            _layer_gradient(layers[index], index, runs, upstream, visit, over_ranks and distributed())
+            _layer_gradient(layers[index], index, runs, upstream, visit, over_ranks and distributed(), visit_squares)
     return sum(ids.numel() - len(ids) for ids, _, _ in runs)
 
 
@@ -90,20 +93,31 @@ def _head_gradient(model: "PreTrainedModel", output: Tensor, ids: Tensor) -> Ten
 
 
 def _layer_gradient(
-    layer: nn.Module, index: int, runs: list[_Run], upstream: list[Tensor], visit: Visit, over_ranks: bool
+    layer: nn.Module,
+    index: int,
+    runs: list[_Run],
+    upstream: list[Tensor],
+    visit: Visit,
+    over_ranks: bool,
+    visit_squares: Visit | None,
 ) -> None:
     """Takes the gradient of one layer's parameters over all batches; turns ``upstream`` into that of its input."""
     own = dict(layer.named_parameters())
     names = {id(parameter): name for name, parameter in own.items()}
     sums: dict[str, Tensor] = {}
-    at_once = len(runs) == 1 and not over_ranks
+    squares: dict[str, Tensor] = {}
+    at_once = len(runs) == 1 and not over_ranks and visit_squares is None
     seen: set[str] = set()
+    tokens = 1
 
     def take(parameter: Tensor) -> None:
         name, gradient = names[id(parameter)], parameter.grad
         parameter.grad = None
         assert gradient is not None
         seen.add(name)
+        if visit_squares is not None:
+            square = (gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / tokens).square_()
+            squares[name] = squares[name].add_(square) if name in squares else square
         if at_once:
             visit(index, name, parameter.detach(), gradient)
         elif name in sums:
@@ -115,7 +129,8 @@ def _layer_gradient(
     try:
         for parameter in own.values():
             handles.append(parameter.requires_grad_().register_post_accumulate_grad_hook(take))
-        for number, (_, states, arguments) in enumerate(runs):
+        for number, (ids, states, arguments) in enumerate(runs):
+            tokens = ids.numel() - len(ids)
             hidden = states.pop().detach().requires_grad_()
             torch.autograd.backward(first_of(layer(hidden, **arguments[index])), upstream[number])
             assert hidden.grad is not None
@@ -129,13 +144,20 @@ def _layer_gradient(
         for name, parameter in own.items():
             if at_once and name in seen:
                 continue
-            # A rank without samples has no gradient of its own; nor has a parameter that no token used.
-            total = sums.pop(name, None)
-            if total is None:
-                total = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-            if over_ranks:
-                dist.all_reduce(total)
-            visit(index, name, parameter.detach(), total)
+            if visit_squares is not None:
+                visit_squares(
+                    index, name, parameter.detach(), _over_ranks(squares.pop(name, None), parameter, over_ranks)
+                )
+            visit(index, name, parameter.detach(), _over_ranks(sums.pop(name, None), parameter, over_ranks))
+
+
+def _over_ranks(total: Tensor | None, parameter: Tensor, over_ranks: bool) -> Tensor:
+    """Adds up what the ranks have. One without samples has nothing; nor has a parameter that no token used."""
+    if total is None:
+        total = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    if over_ranks:
+        dist.all_reduce(total)
+    return total
 
 
 @contextmanager

@@ -7,14 +7,16 @@ same inputs give the same plan byte for byte, so nothing that varies from run to
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from slm_pl import files
-from slm_pl.compression.architecture import num_layers
+from slm_pl.compression.architecture import Group, num_layers
 from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,10 +58,38 @@ class DropLayers:
     kind: Literal["drop_layers"] = "drop_layers"
 
 
-Step = MergeLayers | DropLayers
-STEP_KINDS: dict[str, type[MergeLayers] | type[DropLayers]] = {
+@dataclass(frozen=True)
+class KeepChannels:
+    """Makes a decoder layer narrower: of one group, only these units stay.
+
+    Attributes:
+        layer: Which decoder layer.
+        group: ``attention``: the units are KV groups (heads, without grouped queries); ``mlp``: intermediate channels.
+        indices: The units that stay, ascending; none empties the group.
+        bias: Name of the plan's tensor that is added to the bias of the group's output map, ``[hidden]``; or null.
+    """
+
+    layer: int
+    group: Group
+    indices: tuple[int, ...]
+    bias: str | None = None
+    kind: Literal["keep_channels"] = "keep_channels"
+
+
+@dataclass(frozen=True)
+class KeepHidden:
+    """Makes the hidden state narrower, in all layers, the embeddings and the head: only these channels stay."""
+
+    indices: tuple[int, ...]
+    kind: Literal["keep_hidden"] = "keep_hidden"
+
+
+Step = MergeLayers | DropLayers | KeepChannels | KeepHidden
+STEP_KINDS: dict[str, type[Step]] = {
     "merge_layers": MergeLayers,
     "drop_layers": DropLayers,
+    "keep_channels": KeepChannels,
+    "keep_hidden": KeepHidden,
 }
 
 
@@ -127,6 +157,8 @@ class Plan:
         steps: What :func:`slm_pl.compression.surgery.apply` carries out. All indices are those of ``base``.
         trace: Everything that was tried, in order.
         outcome: What the search ended with (threshold found, layers removed, whether the last window was cut, …).
+        tensors_sha256: :func:`tensors_fingerprint` of ``tensors``; null without any.
+        tensors: What steps need beside numbers, by name; in a safetensors file beside ``plan.json``.
     """
 
     base: Base
@@ -135,12 +167,15 @@ class Plan:
     steps: tuple[Step, ...]
     trace: tuple[dict[str, JSONValue], ...] = ()
     outcome: dict[str, JSONValue] = field(default_factory=dict)
+    tensors_sha256: str | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def to_json(self) -> str:
         """The text of ``plan.json``: one line for each step and try, so that a reader and a diff can follow it."""
-        data = asdict(self)
+        data = asdict(replace(self, tensors={}))
         lines = [f'  "schema_version": {SCHEMA_VERSION}']
-        for key in ("base", "method", "calibration", "outcome"):
+        keys = ["base", "method", "calibration", "outcome"]
+        for key in keys + (["tensors_sha256"] if self.tensors_sha256 else []):
             lines.append(f"  {json.dumps(key)}: {json.dumps(data[key])}")
         for key in ("steps", "trace"):
             rows = ",\n".join("    " + json.dumps(row) for row in data[key])
@@ -152,8 +187,19 @@ class Plan:
         """Identity of the plan: the hash of its text."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Plan":
+        """The same plan with the tensors that its steps name."""
+        return replace(self, tensors=dict(tensors), tensors_sha256=tensors_fingerprint(tensors))
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan; the file is whole or absent."""
+        """Writes the plan, after its tensors if it has any; each file is whole or absent."""
+        tensors = tensors_file(path)
+        if self.tensors:
+            from safetensors.torch import save
+
+            files.write_bytes(tensors, save({name: value.contiguous() for name, value in self.tensors.items()}))
+        else:
+            tensors.unlink(missing_ok=True)  # of an earlier plan
         files.write_text(path, self.to_json())
 
     @staticmethod
@@ -171,11 +217,14 @@ class Plan:
             raise UsageError(
                 f"{path} cannot be read as a plan ({error}). Give a plan.json that slm_pl wrote."
             ) from error
-        return Plan.from_dict(data, str(path))
+        plan = Plan.from_dict(data, str(path))
+        if plan.tensors_sha256 is None:
+            return plan
+        return replace(plan, tensors=_load_tensors(tensors_file(path), plan.tensors_sha256))
 
     @staticmethod
     def from_dict(data: Any, origin: str) -> "Plan":
-        """Builds a plan from parsed JSON; ``origin`` names it in errors.
+        """Builds a plan, without its tensors, from parsed JSON; ``origin`` names it in errors.
 
         Raises:
             UsageError: If ``data`` is not a plan of this schema version.
@@ -201,6 +250,7 @@ class Plan:
                 steps=tuple(steps),
                 trace=tuple(data["trace"]),
                 outcome=data.get("outcome", {}),
+                tensors_sha256=data.get("tensors_sha256"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(
@@ -209,7 +259,37 @@ class Plan:
             ) from error
 
 
-T = TypeVar("T", bound=Base | Method | Calibration | MergeLayers | DropLayers)
+def tensors_file(path: str | os.PathLike[str]) -> Path:
+    """Where the tensors of the plan in this file are: ``plan.tensors.safetensors`` beside ``plan.json``."""
+    return Path(path).with_suffix(".tensors.safetensors")
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of the names, types, shapes and values of tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load_tensors(path: Path, expected: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"The plan needs the tensors in {path}, which cannot be read ({error}). Keep both files together."
+        ) from error
+    if tensors_fingerprint(tensors) != expected:
+        raise UsageError(f"The tensors in {path} are not those that the plan beside it was made with.")
+    return tensors
+
+
+T = TypeVar("T", bound=Base | Method | Calibration | Step)
 
 
 def _build(cls: type[T], data: Any) -> T:
@@ -227,6 +307,8 @@ def _build(cls: type[T], data: Any) -> T:
             raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not an integer")
         if f.type is str and not isinstance(value, str):
             raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not a string")
+        if f.name == "bias" and not isinstance(value, str | None):
+            raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not a string or null")
         if allowed and all(isinstance(choice, str) for choice in allowed) and value not in allowed:
             raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, allowed are {list(allowed)}")
         if str(f.type).startswith("dict[") and not isinstance(value, dict):
@@ -306,7 +388,7 @@ def layer_groups(plans: list[Plan], dense_layers: int) -> list[tuple[int, ...]]:
         for step in plan.steps:
             if isinstance(step, MergeLayers):
                 kept[step.host] = sum((kept.pop(layer, ()) for layer in range(step.low, step.high + 1)), ())
-            else:
+            elif isinstance(step, DropLayers):
                 for layer in step.layers:
                     kept.pop(layer, None)
         groups = [kept[layer] for layer in sorted(kept)]

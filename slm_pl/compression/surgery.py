@@ -11,8 +11,12 @@ layer (Sliding-Window Merging, arXiv 2502.19159):
 
 The other parameters (norms, biases, q_norm, k_norm) are those of the ``top`` or the ``bottom`` layer (the authors'
 program), or their ``mean``.
+
+A layer that keeps some of its channels keeps their weights as they are; the config then says the widths of the layers,
+in the fields of the stock class if all layers share them, else in ``layer_widths``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -24,10 +28,24 @@ from slm_pl.compression.architecture import (
     Architecture,
     architecture_of,
     decoder_layers,
+    hidden_size,
     projection_names,
     set_decoder_layers,
+    set_equal_widths,
+    set_hidden_size,
 )
-from slm_pl.compression.plan import Base, Consolidation, DropLayers, MergeLayers, OtherParameters, Plan
+from slm_pl.compression.modeling import Layout, shape_layer
+from slm_pl.compression.plan import (
+    Base,
+    Consolidation,
+    DropLayers,
+    KeepChannels,
+    KeepHidden,
+    MergeLayers,
+    OtherParameters,
+    Plan,
+)
+from slm_pl.compression.structures import hidden_axes, layer_width, structure, weight_of, width_layout
 from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -156,25 +174,52 @@ def merge(
     return growing.layer()
 
 
-def check_consolidation(model: "PreTrainedModel", consolidation: Consolidation) -> None:
-    """Refuses sums and means of experts, which do not correspond from layer to layer.
+def check_consolidation(
+    model: "PreTrainedModel", consolidation: Consolidation, other_parameters: OtherParameters
+) -> None:
+    """Refuses to form what does not exist: of experts, which do not correspond from layer to layer, or across widths.
 
     Raises:
-        UsageError: If the model has experts and ``consolidation`` is not a keep mode.
+        UsageError: If sums or means are asked for and the model has experts, or if parameters of several layers would
+            have to fit into one and these differ in width.
     """
-    if architecture_of(model).experts and consolidation in ("sum", "mean"):
+    architecture = architecture_of(model)
+    mixes = consolidation in ("sum", "mean")
+    if architecture.experts and mixes:
         raise UsageError(
             f"consolidation is {consolidation!r}, but a {model.config.model_type} model has experts, and those of one "
             "layer do not correspond to those of another. Use keep_top or keep_bottom."
         )
+    own = "bottom" if consolidation == "keep_bottom" else "top"
+    projections = projection_names(architecture)
+    mixed = [mixes, other_parameters != own]
+    shapes = [
+        {name: p.shape for name, p in layer.named_parameters() if mixed[name not in projections]}
+        for layer in decoder_layers(model)
+    ]
+    if architecture.experts:
+        return  # whose layers may be of two kinds, and keep their widths
+    for layer, found in enumerate(shapes):
+        differing = sorted(name for name in {**found, **shapes[0]} if found.get(name) != shapes[0].get(name))
+        if differing:
+            raise UsageError(
+                f"consolidation {consolidation} with other_parameters {other_parameters} takes parameters of several "
+                f"layers, but layers 0 and {layer} of this model differ in width ({differing[0]}: "
+                f"{_shape(shapes[0], differing[0])} and {_shape(found, differing[0])}). Use keep_top with "
+                "other_parameters top, keep_bottom with bottom, or merge before the width is pruned."
+            )
+
+
+def _shape(shapes: dict[str, torch.Size], name: str) -> str:
+    return str(tuple(shapes[name])) if name in shapes else "none"
 
 
 def check(model: "PreTrainedModel", plan: Plan) -> None:
     """Refuses a plan that was not computed on this model, or whose steps do not fit it.
 
     Raises:
-        UsageError: If model type, layer count or parameter count differ, if an index is out of range, if steps overlap,
-            if no layer would be left, or if experts would be averaged.
+        UsageError: If the model is another one, a step names a layer or unit that does not exist or is touched twice,
+            no layer would be left, or parameters that do not correspond would be mixed.
     """
     actual = Base.of(model)
     for name in ("model_type", "num_layers", "num_parameters"):
@@ -185,28 +230,78 @@ def check(model: "PreTrainedModel", plan: Plan) -> None:
                 f"{name} {got} ({actual.pretrained}). Apply it to the model it was computed on, or search again."
             )
     gone: list[int] = []
+    narrowed: set[int] = set()
     for step in plan.steps:
-        touched = list(range(step.low, step.high + 1)) if isinstance(step, MergeLayers) else list(step.layers)
+        if isinstance(step, KeepHidden):
+            if len(plan.steps) > 1:
+                raise UsageError(
+                    "The plan makes the hidden state narrower among other steps. Make it a plan of its own."
+                )
+            if not architecture_of(model).own_head_dim:
+                raise UsageError(
+                    f"The hidden state of a {model.config.model_type} model cannot be made narrower, because its "
+                    "config derives the size of a head from it. Remove heads and MLP channels."
+                )
+            _check_indices(step.indices, hidden_size(model), "the hidden state")
+            if not step.indices:
+                raise UsageError("The plan removes the whole hidden state. Keep at least one channel.")
+            continue
+        touched = _touched(step)
         if isinstance(step, MergeLayers) and len(touched) < 2:
             raise UsageError(f"The plan merges the window {step.low}..{step.high}; a window has at least two layers.")
         if any(not 0 <= layer < actual.num_layers for layer in touched):
             raise UsageError(
                 f"The plan touches layers {touched}; this model has 0..{actual.num_layers - 1}. Correct the plan."
             )
+        if isinstance(step, KeepChannels):
+            _check_channels(model, plan, step)
+            narrowed.add(step.layer)
+            continue
         if isinstance(step, MergeLayers):
-            check_consolidation(model, step.consolidation)
+            check_consolidation(model, step.consolidation, step.other_parameters)
         gone += touched
-    if len(gone) != len(set(gone)):
+    channels = [(step.layer, step.group) for step in plan.steps if isinstance(step, KeepChannels)]
+    if len(gone) != len(set(gone)) or narrowed & set(gone) or len(channels) != len(set(channels)):
         raise UsageError("The plan touches a layer twice. Let its steps name each layer once.")
     if actual.num_layers == sum(len(step.layers) for step in plan.steps if isinstance(step, DropLayers)):
         raise UsageError(f"The plan removes all {actual.num_layers} layers. Keep at least one.")
+
+
+def _touched(step: MergeLayers | DropLayers | KeepChannels) -> list[int]:
+    if isinstance(step, MergeLayers):
+        return list(range(step.low, step.high + 1))
+    return [step.layer] if isinstance(step, KeepChannels) else list(step.layers)
+
+
+def _check_channels(model: "PreTrainedModel", plan: Plan, step: KeepChannels) -> None:
+    units = structure(model, step.layer, step.group)
+    if units is None:
+        raise UsageError(f"The plan makes {step.group} of layer {step.layer} narrower, which has no units to remove.")
+    _check_indices(step.indices, units.units, f"{step.group} of layer {step.layer}")
+    if step.bias is not None:
+        bias = plan.tensors.get(step.bias)
+        if bias is None or bias.shape != (hidden_size(model),) or not torch.isfinite(bias).all():
+            got = "it is missing" if bias is None else f"its shape is {tuple(bias.shape)}"
+            raise UsageError(
+                f"The plan adds the tensor {step.bias!r} to a bias; {got}, needed are {hidden_size(model)} finite "
+                "numbers. Keep the plan's .tensors.safetensors file beside it."
+            )
+
+
+def _check_indices(indices: tuple[int, ...], units: int, what: str) -> None:
+    if list(indices) != sorted(set(indices)) or any(not 0 <= index < units for index in indices):
+        raise UsageError(
+            f"The plan keeps {len(indices)} units of {what}, which has {units}; the indices must ascend within "
+            f"0..{units - 1}. Correct the plan."
+        )
 
 
 def apply(model: "PreTrainedModel", plan: Plan) -> None:
     """Carries out a plan on the model it was computed on, in place.
 
     Afterwards the layer count and every per-layer list of the config and each layer's cache index are right:
-    ``generate(use_cache=True)`` works and ``save_pretrained`` writes a checkpoint that stock transformers loads.
+    ``generate(use_cache=True)`` works, and ``save_pretrained`` writes a checkpoint that stock transformers loads if all
+    layers have one width; else :func:`slm_pl.export.save_compressed` adds the code that loads it.
 
     Raises:
         UsageError: As :func:`check`; the model is unchanged then.
@@ -215,15 +310,94 @@ def apply(model: "PreTrainedModel", plan: Plan) -> None:
     architecture = architecture_of(model)
     layers = list(decoder_layers(model))
     kept: dict[int, nn.Module] = dict(enumerate(layers))
+    narrow = [step for step in plan.steps if isinstance(step, KeepChannels)]
+    if narrow:
+        # Before anything changes: it describes layers as the stock class makes them.
+        layout = getattr(model.config, "width_layout", None) or width_layout(model)
+        for narrowed in narrow:
+            _keep_channels(model, narrowed, layout, plan.tensors)
+        _say_widths(model, layout)
     for step in plan.steps:
-        if isinstance(step, MergeLayers):
+        if isinstance(step, KeepHidden):
+            _keep_hidden(model, step.indices)
+        elif isinstance(step, MergeLayers):
             window = layers[step.low : step.high + 1]
             merged = merge(window, step.consolidation, step.other_parameters, architecture).materialise()
             for layer in range(step.low, step.high + 1):
                 del kept[layer]
             kept[step.host] = merged
-        else:
+        elif isinstance(step, DropLayers):
             for layer in step.layers:
                 del kept[layer]
     origins = sorted(kept)
     set_decoder_layers(model, [kept[index] for index in origins], origins)
+
+
+@torch.no_grad()
+def _keep_channels(model: "PreTrainedModel", step: KeepChannels, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+    """Makes one group of one layer narrower; the weights of its remaining units stay as they are."""
+    layer = decoder_layers(model)[step.layer]
+    units = structure(model, step.layer, step.group)
+    assert units is not None
+    width = layer_width(model, step.layer, layout)
+    written = layer.get_submodule(units.output.path)
+    bias: Tensor | None = written.bias  # type: ignore[assignment]
+    if step.bias is not None:
+        added = tensors[step.bias].to(written.weight.device, torch.float32)  # type: ignore[arg-type]
+        bias = added if bias is None else bias.float() + added
+        if written.bias is None:
+            width[f"{step.group}_bias"] = True
+    values: dict[str, Tensor] = {}
+    for (path, axis), entries in units.kept_entries(step.indices).items():
+        weight, row_bias = weight_of(layer, path), getattr(layer.get_submodule(path), "bias", None)
+        entries = entries.to(weight.device)
+        values[f"{path}.weight"] = weight.index_select(axis, entries)
+        if axis == 0 and row_bias is not None:
+            values[f"{path}.bias"] = row_bias.index_select(0, entries)
+    if bias is not None:
+        values[f"{units.output.path}.bias"] = bias
+    width[step.group] = len(step.indices)
+    shape_layer(layer, layout, {step.group: len(step.indices), f"{step.group}_bias": width.get(f"{step.group}_bias")})
+    module_path = layout[step.group]["module"]
+    if not step.indices and module_path is not None:
+        values = {} if bias is None else {f"{module_path}.constant": bias}
+    own = dict(layer.named_parameters())
+    for name, value in values.items():
+        own[name].copy_(value)
+
+
+def _say_widths(model: "PreTrainedModel", layout: Layout) -> None:
+    """Writes the widths of the layers into the config: in its own fields if they are equal and it has such, else apart.
+
+    A config that cannot say how large a head is, or how wide an MLP, takes no other width than the one it derives.
+    """
+    architecture, config = architecture_of(model), model.config
+    widths = [layer_width(model, layer, layout) for layer in range(len(decoder_layers(model)))]
+    common: dict[str, int] = {}
+    stock = True
+    for group, can_say in (("attention", architecture.own_head_dim), ("mlp", architecture.intermediate is not None)):
+        found = {width[group] for width in widths if group in width}
+        if found and found != {layout[group]["units"]}:
+            stock = stock and can_say and len(found) == 1 and 0 not in found
+            common[group] = max(found)
+    stock = stock and not any(f"{group}_bias" in width for width in widths for group in ("attention", "mlp"))
+    if not stock:
+        config.layer_widths, config.width_layout = widths, layout
+        return
+    for name in ("layer_widths", "width_layout"):
+        if hasattr(config, name):
+            delattr(config, name)
+    groups = common.get("attention")
+    heads = None if groups is None else groups * layout["attention"]["heads"]
+    set_equal_widths(model, heads, groups, common.get("mlp"))
+
+
+@torch.no_grad()
+def _keep_hidden(model: "PreTrainedModel", indices: tuple[int, ...]) -> None:
+    """Makes the hidden state narrower everywhere; the weights of its remaining channels stay as they are."""
+    parameters = dict(model.named_parameters())
+    for name, axis in hidden_axes(model).items():
+        parameter = parameters[name]
+        # In place, so that tied tensors stay tied.
+        parameter.data = parameter.data.index_select(axis, torch.tensor(indices, device=parameter.device))
+    set_hidden_size(model, len(indices))

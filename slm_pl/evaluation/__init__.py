@@ -5,6 +5,7 @@ None of them moves the model, changes its weights or leaves it in another mode t
 """
 
 from slm_pl.evaluation.efficiency import EfficiencyResult, PeakMemory, Spread, measure_generation
+from slm_pl.evaluation.generation import Examples, GenerationProtocol, ModelCompletions, complete
 from slm_pl.evaluation.perplexity import PerplexityResult, perplexity
 from slm_pl.evaluation.representation import representation_similarity
 from slm_pl.evaluation.zero_shot import EMBEDDED_TASK, SEVEN_TASKS, TaskResult, ZeroShotResult, task_prompts, zero_shot
@@ -13,11 +14,15 @@ __all__ = [
     "EMBEDDED_TASK",
     "SEVEN_TASKS",
     "EfficiencyResult",
+    "Examples",
+    "GenerationProtocol",
+    "ModelCompletions",
     "PeakMemory",
     "PerplexityResult",
     "Spread",
     "TaskResult",
     "ZeroShotResult",
+    "complete",
     "measure_generation",
     "perplexity",
     "representation_similarity",

@@ -1,0 +1,169 @@
+"""Decoder layers of unequal widths, as an addition to the model classes of transformers.
+
+This file stands alone: a checkpoint whose layers differ in width brings a copy of it along (``modeling_pruned.py``), so
+that it loads where slm_pl is not installed. It reads two entries of the config:
+
+* ``layer_widths``: for each decoder layer, how many KV groups its attention and how many channels its MLP has, and
+  whether their output maps have a bias that the base model's have not.
+* ``width_layout``: which modules that concerns, and how many rows or columns each unit has in them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Layout = Mapping[str, Any]
+"""What ``width_layout`` holds: ``layers``, and by group ``module``, ``out``, ``in``, ``heads``, ``own_config``, and of
+the base model ``units`` and ``bias``."""
+Width = Mapping[str, Any]
+"""One entry of ``layer_widths``: ``attention``, ``mlp``, ``attention_bias``, ``mlp_bias``."""
+
+
+class EmptyAttention(nn.Module):
+    """Stands for an attention that lost all its heads: nothing is computed, a constant may be left.
+
+    Args:
+        hidden_size: Of the model.
+        constant: Whether it gives a constant vector, a parameter; else zeros.
+        like: Lends device and dtype.
+        layer_idx: Where the layer stands in the key/value cache.
+    """
+
+    def __init__(self, hidden_size: int, constant: bool, like: Tensor, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.constant = nn.Parameter(like.new_zeros(hidden_size)) if constant else None
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> tuple[Tensor, None]:
+        """Gives the constant for every token. The cache hears how many there are, since masks are made from it."""
+        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("layer_past") if cache is None else cache
+        if cache is not None:
+            counted = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(counted, counted, self.layer_idx)
+        return _constant(self.constant, hidden_states), None
+
+
+class EmptyMLP(nn.Module):
+    """Stands for an MLP that lost all its channels; the arguments are those of :class:`EmptyAttention`."""
+
+    def __init__(self, hidden_size: int, constant: bool, like: Tensor) -> None:
+        super().__init__()
+        self.constant = nn.Parameter(like.new_zeros(hidden_size)) if constant else None
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Gives the constant for every token; added to the residual where the model leaves that to its MLP."""
+        output = _constant(self.constant, hidden_states)
+        return output if residual is None else residual + output
+
+
+def _constant(value: Tensor | None, hidden_states: Tensor) -> Tensor:
+    value = hidden_states.new_zeros(1) if value is None else value
+    return value.expand(hidden_states.shape)
+
+
+class OwnHeads:
+    """A config in which one attention module finds its own number of heads; all else is the model's.
+
+    Args:
+        config: The model's.
+        num_attention_heads: The module's.
+    """
+
+    def __init__(self, config: object, num_attention_heads: int) -> None:
+        self.__dict__.update(config=config, num_attention_heads=num_attention_heads)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "config":  # while it is being copied
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+def shape_layer(layer: nn.Module, layout: Layout, width: Width) -> None:
+    """Gives a decoder layer the shapes of a width. Parameters that change shape are left to be filled.
+
+    Args:
+        layer: The decoder layer, changed in place.
+        layout: Which modules to change.
+        width: What it is to have.
+    """
+    for group in ("attention", "mlp"):
+        units, parts = width.get(group), layout.get(group)
+        if units is None or parts is None:
+            continue
+        (output,) = parts["in"]
+        written: Any = layer.get_submodule(output)
+        bias = bool(width.get(f"{group}_bias"))
+        hidden_size = written.weight.shape[0]
+        if units == 0 and parts["module"] is not None:
+            holder, _, name = parts["module"].rpartition(".")
+            constant = bias or written.bias is not None
+            if group == "attention":
+                attention: Any = layer.get_submodule(parts["module"])
+                empty: nn.Module = EmptyAttention(hidden_size, constant, written.weight, attention.layer_idx)
+            else:
+                empty = EmptyMLP(hidden_size, constant, written.weight)
+            setattr(layer.get_submodule(holder), name, empty)
+            continue
+        for path, size in parts["out"].items():
+            module = layer.get_submodule(path)
+            _resize(module, "weight", 0, units * size)
+            if getattr(module, "bias", None) is not None:
+                _resize(module, "bias", 0, units * size)
+            if hasattr(module, "out_features"):
+                module.out_features = units * size
+        _resize(written, "weight", 1, units * parts["in"][output])
+        written.in_features = units * parts["in"][output]
+        if bias and written.bias is None:
+            written.bias = nn.Parameter(written.weight.new_zeros(hidden_size))
+        if group == "attention":
+            _count_heads(layer.get_submodule(parts["module"]), units, units * parts["heads"], parts["own_config"])
+
+
+def _resize(module: nn.Module, name: str, axis: int, length: int) -> None:
+    old = getattr(module, name)
+    if old.shape[axis] == length:
+        return
+    shape = [*old.shape[:axis], length, *old.shape[axis + 1 :]]
+    setattr(module, name, nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device), old.requires_grad))
+
+
+def _count_heads(attention: Any, groups: int, heads: int, own_config: bool) -> None:
+    """Some attention modules keep their number of heads."""
+    for name, value in (("num_heads", heads), ("num_attention_heads", heads), ("num_key_value_heads", groups)):
+        if hasattr(attention, name):
+            setattr(attention, name, value)
+    if own_config:
+        config = getattr(attention.config, "config", attention.config)
+        attention.config = OwnHeads(config, heads)
+
+
+def shape_layers(model: nn.Module, layout: Layout, widths: "list[Width]") -> None:
+    """Gives all decoder layers their widths; see :func:`shape_layer`."""
+    layers = list(model.get_submodule(layout["layers"]).children())
+    if len(layers) != len(widths):
+        raise ValueError(f"layer_widths has {len(widths)} entries; the model has {len(layers)} decoder layers")
+    for layer, width in zip(layers, widths, strict=True):
+        shape_layer(layer, layout, width)
+
+
+def with_widths(stock: type, layout_of: Callable[[Any], Layout] | None = None) -> type:
+    """Derives from a model class of transformers one whose layers have the widths that the config says.
+
+    Args:
+        stock: Such as ``LlamaForCausalLM``.
+        layout_of: Gives the layout for a model with the stock widths; by default it is read from the config.
+    """
+
+    class Pruned(stock):
+        """A model whose decoder layers differ in width."""
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            layout = config.width_layout if layout_of is None else layout_of(self)
+            shape_layers(self, layout, config.layer_widths)
+
+    Pruned.__name__ = Pruned.__qualname__ = f"Pruned{stock.__name__}"
+    return Pruned
