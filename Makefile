@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 QUICKSTART := $(BIN)/python main.py
-METHODS := slm sleb shortened_perplexity shortened_taylor shortened_magnitude block_influence angular reverse random
+METHODS := slm sleb shortened_perplexity shortened_taylor shortened_magnitude block_influence angular reverse random \
+    llm_pruner llm_pruner_uniform llm_pruner_channel flap wanda_structured slm_llm_pruner
 
 .PHONY: help install quickstart compare-methods test lint bench clean
 
@@ -30,7 +31,7 @@ quickstart: install  ## Prune SmolLM2-135M from 30 to 24 layers, recover, export
 	    --model.pretrained $(RUN)/recovered/export --trainer.default_root_dir $(RUN)/recovered
 	$(QUICKSTART) compare $(RUN)/*/results.json
 
-compare-methods: install  ## Prune SmolLM2-135M from 30 to 24 layers with every depth method, measure, compare
+compare-methods: install  ## Make SmolLM2-135M 16 % smaller with every method, depth and width, measure, compare
 	$(QUICKSTART) test --config configs/quickstart_dense.yaml --overwrite --trainer.default_root_dir runs/methods/dense
 	set -e; for method in $(METHODS); do \
 	    $(QUICKSTART) test --config configs/quickstart_$$method.yaml --overwrite; done
@@ -48,6 +49,7 @@ bench: install  ## Run the benchmarks (minutes)
 	$(BIN)/python -m tests.benchmarks.search
 	$(BIN)/python -m tests.benchmarks.variants
 	$(BIN)/python -m tests.benchmarks.depth
+	$(BIN)/python -m tests.benchmarks.width
 
 clean:  ## Remove runs and caches
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -170,10 +170,12 @@ class CompressionCallback(pl.Callback, ABC):
         pl_module.plans.append(plan)
         self._applied = plan
         parameters = count_parameters(model)
+        requested = plan.method.init_args.get("ratio")
+        asked = f", {requested:.1%} asked for" if isinstance(requested, float) else ""
         rank_zero_info(
             f"{type(self).__name__}: {before.num_layers} -> {num_layers(model)} layers, "
             f"{before.num_parameters / 1e6:,.1f} M -> {parameters / 1e6:,.1f} M parameters "
-            f"({1 - parameters / before.num_parameters:.1%} removed). Plan: {run_plan}"
+            f"({1 - parameters / before.num_parameters:.2%} removed{asked}). Plan: {run_plan}"
         )
 
     @property

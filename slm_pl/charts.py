@@ -23,6 +23,7 @@ _UNITS: dict[Quantity, tuple[float, str]] = {
     "seconds": (1, " (s)"),
     "rate": (1, ""),
     "bytes": (2**20, " (MiB)"),
+    "share": (0.01, " (%)"),
 }
 
 

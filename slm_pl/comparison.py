@@ -15,7 +15,7 @@ from slm_pl.errors import UsageError
 from slm_pl.evaluation.efficiency import EfficiencyResult, Spread
 from slm_pl.results import Results
 
-Quantity = Literal["count", "parameters", "perplexity", "accuracy", "seconds", "rate", "bytes"]
+Quantity = Literal["count", "parameters", "perplexity", "accuracy", "seconds", "rate", "bytes", "share"]
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,21 @@ def _rows(records: list[Results], baseline: bool) -> list[Row]:
     rows = [
         Row("num_layers", "Decoder layers", "count", [Cell(record.model.num_layers) for record in records]),
         Row("num_parameters", "Parameters", "parameters", [Cell(record.model.num_parameters) for record in records]),
+        *_requested_rows(records),
         *_perplexity_rows(records),
         *_zero_shot_rows(records),
         *_efficiency_rows(records),
     ]
     return [_with_ratios(row) if baseline else row for row in rows]
+
+
+def _requested_rows(records: list[Results]) -> list[Row]:
+    """What was asked for, beside the parameters that were achieved."""
+    asked = [record.model.requested_ratio for record in records]
+    if not any(asked):
+        return []
+    cells = [Cell(ratio, reason="another target was given, or none") for ratio in asked]
+    return [Row("requested_ratio", "Removal asked for", "share", cells)]
 
 
 def _with_ratios(row: Row) -> Row:

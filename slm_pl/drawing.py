@@ -43,8 +43,8 @@ def set_title(figure: "Figure", text: str) -> None:
 
 
 def shortened(text: str, most: int) -> str:
-    """A text of at most so many characters, without any that cannot be drawn."""
-    text = "".join(char if char.isprintable() else "?" for char in text[: most + 1])
+    """A text of at most so many characters; halves of surrogate pairs, which cannot be drawn, become ``?``."""
+    text = text[: most + 1].encode(errors="replace").decode()
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

@@ -145,6 +145,12 @@ def _describe(plan: Plan) -> list[str]:
     return lines
 
 
+def _asked(plans: list[Plan]) -> str:
+    ratios = [plan.method.init_args.get("ratio") for plan in plans]
+    shares = [f"{ratio:.1%}" for ratio in ratios if isinstance(ratio, float)]
+    return f"; {' and then '.join(shares)} asked for" if len(shares) == len(plans) else ""
+
+
 def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool, pictures: list[str]) -> str:
     parameters = count_parameters(model)
     lines = ["---", "library_name: transformers", "tags: [pruned, slm_pl]"]
@@ -155,7 +161,7 @@ def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool, pi
         lines += [
             f"Made from `{public_name(base.pretrained)}`{f' at revision `{base.revision}`' if base.revision else ''}: "
             f"{base.num_layers} → {num_layers(model)} decoder layers, "
-            f"{base.num_parameters:,} → {parameters:,} parameters ({share:.1%} fewer). "
+            f"{base.num_parameters:,} → {parameters:,} parameters ({share:.1%} fewer{_asked(plans)}). "
             + ("Recovered by training after compression." if recovered else "Not trained after compression."),
             "",
             "| step | method | what |",

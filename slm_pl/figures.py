@@ -12,7 +12,7 @@ def number_text(value: float, quantity: Quantity) -> str:
     if quantity == "perplexity":
         # A ruined model's digits say nothing.
         return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else _rounded(value)
-    if quantity == "accuracy":
+    if quantity in ("accuracy", "share"):
         return f"{100 * value:.1f} %"
     if quantity == "seconds":
         return f"{value:,.2f} s" if value >= 1 else f"{1000 * value:,.1f} ms"

@@ -292,6 +292,7 @@ class CausalLM(pl.LightningModule):
                 num_layers=num_layers(model),
                 num_parameters=count_parameters(model),
                 plan_sha256=self.plans[-1].sha256 if self.plans else None,
+                requested_ratio=_requested_ratio(self.plans),
             ),
             environment=Environment.collect(self.device, str(model.dtype).removeprefix("torch.")),
         )
@@ -308,6 +309,12 @@ class CausalLM(pl.LightningModule):
             path = results_file(self.trainer)
             self.results.save(path)
             rank_zero_info(f"Results: {path}")
+
+
+def _requested_ratio(plans: list[Plan]) -> float | None:
+    """The share of all parameters that a model's only plan was to remove."""
+    ratio = plans[0].method.init_args.get("ratio") if len(plans) == 1 else None
+    return ratio if isinstance(ratio, float) else None
 
 
 def may_overwrite(trainer: pl.Trainer) -> bool:

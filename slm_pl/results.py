@@ -46,6 +46,8 @@ class ModelIdentity:
         num_layers: Decoder layers.
         num_parameters: All parameters, shared ones once.
         plan_sha256: Fingerprint of the compression plan; None for a dense model.
+        requested_ratio: Share of all parameters that the only plan was asked to remove; None if it was asked for
+            something else.
     """
 
     label: str
@@ -54,6 +56,7 @@ class ModelIdentity:
     num_layers: int
     num_parameters: int
     plan_sha256: str | None
+    requested_ratio: float | None = None
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,9 @@ def layer_widths(plan: Plan) -> bytes | None:
     heights = [1.7 if group == "attention" else 2.1 for group in groups]
     heights += ([2.4] if scored else []) + ([] if hidden is None else [3.0 if any(hidden.scored()) else 0.9])
     layers = sorted({layer for widths in groups.values() for layer in widths})
-    # Layers without a bar are shown as well, so that the place of the others is seen.
-    end = (
-        plan.base.num_layers
-        if layers and layers[-1] < plan.base.num_layers <= _MOST_LAYERS
-        else max(layers, default=0) + 1
-    )
+    end = layers[-1] + 1 if layers else 0
+    if end < plan.base.num_layers <= _MOST_LAYERS:
+        end = plan.base.num_layers  # layers without a bar are shown as well, so that the place of the others is seen
     with plain_text():
         figure = new_figure(max(6.5, min(14.0, 2.0 + 0.2 * end)) if groups else 6.5, sum(heights) + 0.9)
         panels: list[Axes] = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0].tolist()
@@ -85,10 +82,10 @@ def layer_widths(plan: Plan) -> bytes | None:
         if scored:
             _draw_scores(rows[-1], scored)
         for axes in rows:
-            _number_layers(axes, end, axes is rows[-1], bool(groups) and len(layers) < end)
+            _number_layers(axes, end, axes is rows[-1], len(layers) < end)
         if hidden is not None:
             _draw_hidden(panels[-1], hidden)
-        figure.align_ylabels(rows)
+        figure.align_ylabels(panels)
         set_title(figure, _heading(plan, groups, hidden))
         return to_png(figure)
 

@@ -161,10 +161,59 @@ def test_quickstart_of_each_depth_method_runs_from_yaml_alone(name, pico_dir, tm
     assert drawn == ([] if name in ("reverse", "random", "layers") else [kind])
 
 
-def test_compare_methods_runs_every_depth_method():
-    (names,) = re.findall(r"^METHODS := (.*)$", MAKEFILE, flags=re.M)
-    assert set(names.split()) == set(DEPTH) - {"layers"}
-    for name in names.split():
+WIDTH = ("llm_pruner", "llm_pruner_uniform", "llm_pruner_channel", "flap", "wanda_structured")
+
+
+@pytest.mark.parametrize("name", [*WIDTH, "slm_llm_pruner", "llm_pruner_slm"])
+def test_quickstart_of_each_width_method_runs_from_yaml_alone(name, pico_dir, tmp_path, monkeypatch):
+    """As shipped, but for the model, the size and the place."""
+    monkeypatch.chdir(ROOT)
+    config = yaml.safe_load((ROOT / "configs" / f"quickstart_{name}.yaml").read_text())
+    for part in ("model", "data"):
+        config[part] = yaml.safe_load((ROOT / "configs" / config[part]).read_text())
+    config["model"]["pretrained"] = str(pico_dir)
+    trainer = config["trainer"]
+    trainer["default_root_dir"] = str(tmp_path / name)
+    hooks = [one for one in trainer["callbacks"] if isinstance(one, str)]
+    methods = [one for one in trainer["callbacks"] if not isinstance(one, str)]
+    for method in methods:
+        arguments = method["init_args"]
+        if method["class_path"] == "callbacks.LLMPruner" and not {"uniform", "scope"} & set(arguments):
+            arguments.update(attention_layers=[0, None], mlp_layers=[0, None])
+    trainer["callbacks"] = [yaml.safe_load((ROOT / "configs" / hook).read_text()) for hook in hooks] + methods
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["test", "--config", str(tmp_path / "config.yaml")])
+    results = json.loads((tmp_path / name / "results.json").read_text())["model"]
+    plans = [json.loads(path.read_text()) for path in sorted((tmp_path / name).glob("plan*.json"))]
+    assert len(plans) == len(methods)
+    assert (results["label"], results["num_layers"]) == (name, 6 - 3 * (len(methods) == 2))
+    ratio = next(one["init_args"]["ratio"] for one in methods if "ratio" in one["init_args"])
+    (width,) = (plan for plan in plans if "ratio" in plan["outcome"])
+    assert width["outcome"]["ratio"] == pytest.approx(ratio, abs=0.02)
+    assert width["outcome"]["requested_ratio"] == ratio
+    assert results["requested_ratio"] == (ratio if len(methods) == 1 else None)
+    drawn = {path.name for path in (tmp_path / name).glob("*.png")}
+    number = ".2" if name == "slm_llm_pruner" else ""
+    assert f"layer_widths{number}.png" in drawn
+    if len(methods) == 1:
+        assert (
+            results["num_parameters"] == plans[0]["base"]["num_parameters"] - plans[0]["outcome"]["removed_parameters"]
+        )
+
+
+def test_compare_methods_runs_every_method_at_one_size():
+    (names,) = re.findall(r"^METHODS := ((?:.*\\\n)*.*)$", MAKEFILE, flags=re.M)
+    names = names.replace("\\\n", " ").split()
+    assert set(names) == (set(DEPTH) - {"layers"}) | set(WIDTH) | {"slm_llm_pruner"}
+    for name in names:
         config = yaml.safe_load((ROOT / "configs" / f"quickstart_{name}.yaml").read_text())
         assert config["trainer"]["default_root_dir"] == f"runs/methods/{name}"
-        assert config["trainer"]["callbacks"][-1]["init_args"]["remove_layers"] == 6
+        arguments = config["trainer"]["callbacks"][-1]["init_args"]
+        if name in DEPTH:
+            assert arguments["remove_layers"] == 6
+        elif name in WIDTH:
+            # Six of SmolLM2's 30 layers: 6 x 3,540,096 of 134,515,008 parameters.
+            assert arguments["ratio"] == pytest.approx(6 * 3_540_096 / 134_515_008, abs=1e-5)
+        else:
+            assert config["trainer"]["callbacks"][-2]["init_args"]["remove_layers"] == 3
+            assert arguments["ratio"] == pytest.approx(3 * 3_540_096 / (134_515_008 - 3 * 3_540_096), abs=2e-5)

@@ -194,3 +194,132 @@ def test_sleb_repeats_every_phase_of_the_published_program(tmp_path):
         losses = [row["score"] * golden["seqlen"] * golden["windows"] for row in rows]
         assert losses == pytest.approx(step["loss"], rel=1e-5)
     assert (plan["outcome"]["layer_forwards"], plan["outcome"]["head_forwards"]) == (2219, 154)
+
+
+def pruned_as_published(run: Path, golden: dict, method: dict) -> dict:
+    """The plan on a golden run's token ids."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "ids.json").write_text(json.dumps(golden["input_ids"]))
+    config = {
+        "model": {"pretrained": MODEL, "dtype": "float32"},
+        "data": {"calibration": {"source": str(run / "ids.json"), "batch_size": 10}},
+        "trainer": {"default_root_dir": str(run), "accelerator": "cpu", "logger": False, "callbacks": [method]},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["prune", "--config", str(run / "config.yaml")])
+    return json.loads((run / "plan.json").read_text())
+
+
+LLM_PRUNER = {
+    "taylor_param_first_r0.25_mlp_only": {"layer_ratio": 0.25, "attention_layers": None},
+    "taylor_param_first_r0.34": {"layer_ratio": 0.34},
+    "l2_r0.34": {"layer_ratio": 0.34, "importance": "magnitude", "grouping": "mean"},
+}
+"""Each recorded run of the authors' program, and how it is asked for here."""
+
+
+@pytest.mark.shared
+@needs_shared
+@pytest.mark.parametrize("name", LLM_PRUNER)
+def test_llm_pruner_repeats_the_published_program(name, tmp_path):
+    golden = golden_of("llm_pruner")
+    run = golden["runs"][name]
+    ids = run["input_ids"] or golden["runs"]["taylor_param_first_r0.34"]["input_ids"]
+    arguments = {"as_published": True, **LLM_PRUNER[name]}
+    plan = pruned_as_published(
+        tmp_path, {"input_ids": ids}, {"class_path": "callbacks.LLMPruner", "init_args": arguments}
+    )
+    kept = {(step["layer"], step["group"]): step["indices"] for step in plan["steps"]}
+    rows = {(row["layer"], row["group"]): row["scores"] for row in plan["trace"]}
+    assert plan["base"]["num_parameters"] - plan["outcome"]["removed_parameters"] == run["params_after"]
+    assert sorted({layer for layer, _ in kept}) == sorted(map(int, run["layers"])) == list(range(4, 28))
+    for layer, published in ((int(number), layer) for number, layer in run["layers"].items()):
+        # Of neighbours in the order, the scores are apart by as little as 1e-5: one channel may be another.
+        assert len(set(kept[layer, "mlp"]) - set(published["kept_mlp_channels"])) <= 1
+        assert len(kept[layer, "mlp"]) == published["n_kept_mlp"]
+        assert sum(rows[layer, "mlp"]) == pytest.approx(published["mlp_imp_sum"], rel=1e-5)
+        if published["mlp_imp"]:
+            assert rows[layer, "mlp"] == pytest.approx(published["mlp_imp"], rel=3e-4)
+        if "kept_kv_groups" in published:
+            assert kept[layer, "attention"] == published["kept_kv_groups"]
+            assert rows[layer, "attention"] == pytest.approx(published["kv_group_importance"], rel=1e-4)
+        else:
+            assert (layer, "attention") not in kept
+
+
+@pytest.mark.shared
+@needs_shared
+def test_llm_pruner_scores_the_heads_that_go(tmp_path, recwarn):
+    """Where the authors' program scores others, and crashes where no whole KV group fits."""
+    golden = golden_of("llm_pruner")
+    ids = golden["runs"]["taylor_param_first_r0.34"]["input_ids"]
+    method = {"class_path": "callbacks.LLMPruner", "init_args": {"layer_ratio": 0.25}}
+    plan = pruned_as_published(tmp_path, {"input_ids": ids}, method)
+    assert "CRASH" in golden["ratio0.25_with_attention"]
+    assert any("attention keeps its width" in str(warning.message) for warning in recwarn)
+    assert {(step["group"], len(step["indices"])) for step in plan["steps"]} == {("mlp", 1152)}
+    rows = {row["layer"]: row["scores"] for row in plan["trace"] if row["group"] == "attention"}
+    for layer, published in golden["attention_importance_param_first"].items():
+        assert rows[int(layer)] == pytest.approx(published["correct"], rel=1e-4)
+        changed = published["argmin_correct"] != published["argmin_reference"]
+        assert (int(layer) in golden["layers_where_misalignment_changes_choice"]) is changed
+        assert rows[int(layer)].index(min(rows[int(layer)])) == published["argmin_correct"]
+
+
+@pytest.mark.shared
+@needs_shared
+def test_flap_repeats_the_published_program(tmp_path):
+    golden = golden_of("flap")
+    method = {"class_path": "callbacks.FLAP", "init_args": {"ratio": 0.2, "as_published": True}}
+    plan = pruned_as_published(tmp_path, golden, method)
+    from slm_pl.compression.plan import Plan
+
+    tensors = Plan.load(tmp_path / "plan.json").tensors
+    kept = {(step["layer"], step["group"]): step["indices"] for step in plan["steps"]}
+    rows = {(row["layer"], row["group"]): row["scores"] for row in plan["trace"]}
+    for published in golden["layers"]:
+        layer = published["layer"]
+        assert kept.get((layer, "attention"), [0, 1, 2]) == published["kept_kv_groups"]
+        channels = kept.get((layer, "mlp"), list(range(1536)))
+        assert len(set(channels) ^ set(published["kept_mlp_channels"])) <= 1
+        assert rows[layer, "attention"] == pytest.approx(published["attn_group_metric"], rel=1e-3, abs=1e-4)
+        for group, name in (("attention", "o"), ("mlp", "down")):
+            bias = tensors.get(f"layers.{layer}.{group}.bias", torch.zeros(576))
+            assert bias.norm().item() == pytest.approx(published[f"{name}_bias_norm"], rel=1e-3)
+            assert bias[:8].tolist() == pytest.approx(published[f"{name}_bias_first8"], rel=1e-2, abs=1e-4)
+    for layer in (0, 15):
+        assert rows[layer, "mlp"] == pytest.approx(golden[f"mlp_metric_layer{layer}"], rel=1e-3, abs=1e-4)
+    # The published program adds a bias to every layer, this one where something was removed.
+    added = sum(value.numel() for value in tensors.values())
+    left = plan["base"]["num_parameters"] - plan["outcome"]["removed_parameters"]
+    assert left - added == golden["params_after_excl_bias"]
+
+
+@pytest.mark.shared
+@pytest.mark.long
+@needs_shared
+@pytest.mark.parametrize("name", ["flap", *LLM_PRUNER])
+def test_pruned_model_is_as_good_as_the_published_one(name, tmp_path):
+    """The exports, measured on the first 8,192 recorded ids."""
+    ids = json.loads((SHARED / "reference" / "golden" / "wikitext2_ids.json").read_text())["input_ids"][:8192]
+    golden = golden_of("flap" if name == "flap" else "llm_pruner")
+    run = golden if name == "flap" else golden["runs"][name]
+    arguments = {"ratio": 0.2} if name == "flap" else LLM_PRUNER[name]
+    calibration = {"input_ids": run["input_ids"] or golden["runs"]["taylor_param_first_r0.34"]["input_ids"]}
+    class_path = "callbacks.FLAP" if name == "flap" else "callbacks.LLMPruner"
+    method = {"class_path": class_path, "init_args": {"as_published": True, **arguments}}
+    pruned_as_published(tmp_path, calibration, method)
+
+    from slm_pl.compression import surgery
+    from slm_pl.compression.plan import Plan
+    from slm_pl.loading import load_model, resolve
+
+    model = load_model(resolve(MODEL), dtype="float32")
+    surgery.apply(model, Plan.load(tmp_path / "plan.json"))
+    windows = torch.tensor(ids).view(-1, 128)
+    losses = []
+    with torch.inference_mode():
+        for batch in windows.split(4):
+            logits = model(input_ids=batch).logits[:, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
+    assert torch.stack(losses).mean().exp().item() == pytest.approx(run["wikitext2_8192_ppl_after"], rel=1e-3)
