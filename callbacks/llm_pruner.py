@@ -1,5 +1,6 @@
 """LLM-Pruner: structural pruning of coupled structures by their gradients (arXiv 2305.11627)."""
 
+import functools
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,7 +18,7 @@ from slm_pl.compression.allotment import (
     same_width,
     wanted_parameters,
 )
-from slm_pl.compression.architecture import Group, architecture_of, num_layers
+from slm_pl.compression.architecture import Group, accepts, architecture_of, num_layers
 from slm_pl.compression.plan import JSONValue, KeepHidden, Plan
 from slm_pl.compression.structures import Key, Structure, hidden_channel_parameters, masked, structures
 from slm_pl.compression.target import check_target
@@ -75,7 +76,9 @@ class LLMPruner(CompressionCallback):
         mlp_layers: The same for the MLPs.
         global_ranking: All units compete by importance per parameter; else every layer loses the same share.
         iterative_steps: Estimate again after each of so many equal parts.
-        uniform: Prune all layers to one width, which stock model classes can load; the layer ranges do not apply.
+        uniform: Prune all layers to one width, which stock model classes can load; the layer ranges do not apply. The
+            config of a Llama or Gemma takes only a number of heads that divides the hidden size: attention loses the
+            nearest such number, the MLPs the rest.
         scope: ``block``: attention and MLPs; ``channel``: the hidden state, in all layers and the embeddings.
         as_published: Score the heads of grouped-query attention as the authors' program does.
         plan_path: Apply this ``plan.json`` and do not search.
@@ -120,6 +123,12 @@ class LLMPruner(CompressionCallback):
                 "scope channel prunes one structure once: leave out global_ranking, iterative_steps, as_published and "
                 "grouping last."
             )
+        for name, bounds in (("attention_layers", attention_layers), ("mlp_layers", mlp_layers)):
+            if (uniform or scope == "channel") and bounds is not None and tuple(bounds) not in ((4, -2), (0, None)):
+                raise UsageError(
+                    f"{name} is {list(bounds)}, but uniform and scope channel prune all layers. Leave {name} out"
+                    + (", or set it to null to leave them alone." if uniform else ".")
+                )
         if scope == "block" and attention_layers is None and mlp_layers is None:
             raise UsageError("attention_layers and mlp_layers are both null: nothing is pruned. Give one of them.")
         self.ratio = ratio
@@ -201,7 +210,9 @@ class LLMPruner(CompressionCallback):
         if self.layer_ratio is None:
             assert self.ratio is not None
             wanted = wanted_parameters(model, self.ratio, units)
-            return (same_width if self.uniform else equal_share)(units, wanted), wanted
+            if not self.uniform:
+                return equal_share(units, wanted), wanted
+            return same_width(units, wanted, functools.partial(_takes, model, units)), wanted
         if self.global_ranking:
             return {}, round(self.layer_ratio * cost(units, {key: s.units for key, s in units.items()}))
         counts = published_share(units, self.layer_ratio)
@@ -218,6 +229,14 @@ class LLMPruner(CompressionCallback):
                 + ("no whole unit of any layer." if not any(counts.values()) else "all units of a layer.")
                 + f" The layers have {sorted({s.units for s in units.values()})} units."
             )
+        for (_, group), count in counts.items() if self.uniform else ():
+            left = next(structure.units for key, structure in units.items() if key[1] == group) - count
+            if not _takes(model, units, group, left):
+                raise UsageError(
+                    f"layer_ratio {self.layer_ratio} leaves {left} KV groups in every layer, which the config of "
+                    f"a {model.config.model_type} model does not take: its heads have to divide the hidden "
+                    "size. Give ratio, which finds one that it takes, or set uniform: false."
+                )
         return counts, cost(units, counts)
 
     def _estimate(
@@ -270,3 +289,11 @@ class LLMPruner(CompressionCallback):
         }
         row: dict[str, JSONValue] = {"group": "hidden", "units": channels, "kept": len(kept), "scores": rounded(scores)}
         return self.make_plan(model, calibration, [KeepHidden(kept)], [row], outcome)
+
+
+def _takes(model: "PreTrainedModel", units: dict[Key, Structure], group: Group, left: int) -> bool:
+    """Whether the config can say that every layer has so many units of a group."""
+    if group == "mlp":
+        return True
+    found = next(structure for key, structure in units.items() if key[1] == group)
+    return accepts(model, heads=left * (found.output.size // found.head_dim))

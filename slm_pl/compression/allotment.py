@@ -96,12 +96,18 @@ def _fill(units: Units, counts: Counts, remaining: int, least: int) -> None:
             heapq.heappush(queue, (share + 1 / structure.units, key))
 
 
-def same_width(units: Units, wanted: int, least: int = 1) -> Counts:
-    """Takes as many units of every layer, exact to one unit in each.
+def same_width(
+    units: Units,
+    wanted: int,
+    takes: Callable[[Group, int], bool] = lambda group, units: True,
+    least: int = 1,
+) -> Counts:
+    """Takes as many units of every layer, exact to one MLP channel in each.
 
     Args:
         units: The structures; all of a group have as many units.
         wanted: Parameters that are to go.
+        takes: Whether the config can say that a group has so many units.
         least: Units that stay in each structure.
 
     Raises:
@@ -110,6 +116,7 @@ def same_width(units: Units, wanted: int, least: int = 1) -> Counts:
     groups: dict[Group, list[Structure]] = {}
     for key, structure in units.items():
         groups.setdefault(key[1], []).append(structure)
+    possible: dict[Group, list[int]] = {}
     for group, found in groups.items():
         if len({structure.units for structure in found}) > 1:
             raise UsageError(
@@ -117,26 +124,30 @@ def same_width(units: Units, wanted: int, least: int = 1) -> Counts:
                 f"{min(s.units for s in found)} to {max(s.units for s in found)} units). Set uniform: false, or start "
                 "from a model whose layers are equal."
             )
+        there = found[0].units
+        possible[group] = [count for count in range(there - least + 1) if not count or takes(group, there - count)]
 
-    def per_layer(share: float) -> Counts:
-        return {key: min(round(share * s.units), s.units - least) for key, s in units.items()}
+    def nearest(group: Group, count: float) -> int:
+        return min(possible[group], key=lambda one: abs(one - count))
+
+    def each(share: float) -> dict[Group, int]:
+        return {group: nearest(group, share * found[0].units) for group, found in groups.items()}
+
+    def spread(counts: dict[Group, int]) -> Counts:
+        return {key: counts[key[1]] for key in units}
 
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        if cost(units, per_layer(middle)) <= wanted:
+        if cost(units, spread(each(middle))) <= wanted:
             low = middle
         else:
             high = middle
-    counts = per_layer(low)
-    for group in ("mlp", "attention"):
-        keys = [key for key in units if key[1] == group]
-        if keys:
-            each = sum(units[key].unit_parameters for key in keys)
-            more = round((wanted - cost(units, counts)) / each)
-            now, most = counts[keys[0]], units[keys[0]].units - least
-            counts |= dict.fromkeys(keys, max(0, min(now + more, most)))
-    return counts
+    counts = each(low)
+    for group in [group for group in ("mlp", "attention") if group in groups]:
+        size = sum(structure.unit_parameters for structure in groups[group])
+        counts[group] = nearest(group, counts[group] + (wanted - cost(units, spread(counts))) / size)
+    return spread(counts)
 
 
 def published_share(units: Units, ratio: float) -> Counts:

@@ -4,6 +4,7 @@ To support another architecture, add one entry to :data:`ARCHITECTURES` and its 
 ``tests/helpers/pico.py``; the contract tests do the rest.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -245,6 +246,24 @@ def head_sizes(layer: nn.Module, architecture: Architecture) -> tuple[int, int]:
     attention = attention_of(layer, architecture)
     size = getattr(attention, "head_dim", None) or attention.head_size
     return int(size), int(getattr(attention, "num_key_value_groups", 1))  # type: ignore[arg-type]
+
+
+def accepts(model: "PreTrainedModel", heads: int | None = None, channels: int | None = None) -> bool:
+    """Whether the stock config takes so many query heads, or channels of the hidden state; some ask for a multiple.
+
+    The config of a Llama or Gemma refuses a hidden size that the number of heads does not divide, although it says the
+    size of a head by itself.
+    """
+    trial = copy.deepcopy(model.config)
+    if heads is not None:
+        trial.num_attention_heads = heads
+    if channels is not None:
+        trial.hidden_size = channels
+    try:
+        trial.validate_architecture()
+    except ValueError:
+        return False
+    return True
 
 
 def set_equal_widths(model: "PreTrainedModel", heads: int | None, groups: int | None, channels: int | None) -> None:

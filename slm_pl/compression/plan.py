@@ -4,6 +4,7 @@ A plan is computed once, written before any weight changes, and can be applied a
 same inputs give the same plan byte for byte, so nothing that varies from run to run (timings, dates) is in it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -199,7 +200,8 @@ class Plan:
 
             files.write_bytes(tensors, save({name: value.contiguous() for name, value in self.tensors.items()}))
         else:
-            tensors.unlink(missing_ok=True)  # of an earlier plan
+            with contextlib.suppress(OSError):
+                tensors.unlink()  # of an earlier plan
         files.write_text(path, self.to_json())
 
     @staticmethod

@@ -6,6 +6,7 @@ and, where there is a norm over all heads, its entries of that, and its columns 
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from slm_pl.compression.architecture import (
     GROUPS,
     Architecture,
     Group,
+    accepts,
     architecture_of,
     attention_of,
     decoder_layers,
@@ -251,12 +253,15 @@ def hidden_axes(model: "PreTrainedModel") -> dict[str, int]:
 def hidden_channel_parameters(model: "PreTrainedModel") -> tuple[int, int, int]:
     """How many channels the hidden state has, how many parameters each, and how many have to go at a time.
 
-    The kernels that run experts want rows of a multiple of 16 bytes.
+    The kernels that run experts want rows of a multiple of 16 bytes, some configs a multiple of the number of heads.
     """
     channels = hidden_size(model)
     parameters = dict(model.named_parameters())
     total = sum(parameters[name].numel() for name in hidden_axes(model))
-    return channels, total // channels, 8 if architecture_of(model).experts else 1
+    step = 8 if architecture_of(model).experts else 1
+    if not accepts(model, channels=channels - step):
+        step = math.lcm(step, model.config.num_attention_heads)
+    return channels, total // channels, step
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 from slm_pl.compression.architecture import (
     Architecture,
+    accepts,
     architecture_of,
     decoder_layers,
     hidden_size,
@@ -243,8 +244,11 @@ def check(model: "PreTrainedModel", plan: Plan) -> None:
                     "config derives the size of a head from it. Remove heads and MLP channels."
                 )
             _check_indices(step.indices, hidden_size(model), "the hidden state")
-            if not step.indices:
-                raise UsageError("The plan removes the whole hidden state. Keep at least one channel.")
+            if not step.indices or not accepts(model, channels=len(step.indices)):
+                raise UsageError(
+                    f"The plan keeps {len(step.indices)} channels of the hidden state, which the config of a "
+                    f"{model.config.model_type} model does not take: it wants a multiple of its number of heads."
+                )
             continue
         touched = _touched(step)
         if isinstance(step, MergeLayers) and len(touched) < 2:
@@ -380,6 +384,9 @@ def _say_widths(model: "PreTrainedModel", layout: Layout) -> None:
         if found and found != {layout[group]["units"]}:
             stock = stock and can_say and len(found) == 1 and 0 not in found
             common[group] = max(found)
+    groups = common.get("attention")
+    heads = None if groups is None else groups * layout["attention"]["heads"]
+    stock = stock and (heads is None or accepts(model, heads=heads))
     stock = stock and not any(f"{group}_bias" in width for width in widths for group in ("attention", "mlp"))
     if not stock:
         config.layer_widths, config.width_layout = widths, layout
@@ -387,8 +394,6 @@ def _say_widths(model: "PreTrainedModel", layout: Layout) -> None:
     for name in ("layer_widths", "width_layout"):
         if hasattr(config, name):
             delattr(config, name)
-    groups = common.get("attention")
-    heads = None if groups is None else groups * layout["attention"]["heads"]
     set_equal_widths(model, heads, groups, common.get("mlp"))
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from slm_pl.data.alpaca import Prompt
 from slm_pl.evaluation._model import device_of, evaluation_mode
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slm_pl.data.alpaca import Prompt
 
 SCHEMA_VERSION = 1
 
@@ -65,7 +66,7 @@ class Examples:
     """
 
     protocol: GenerationProtocol
-    prompts: tuple[Prompt, ...]
+    prompts: "tuple[Prompt, ...]"
     models: tuple[ModelCompletions, ...]
     schema_version: int = SCHEMA_VERSION
 
@@ -134,7 +135,7 @@ def safe_cell(text: str) -> str:
     return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" else c for c in shown)
 
 
-def _asked(prompt: Prompt) -> str:
+def _asked(prompt: "Prompt") -> str:
     """A prompt as a reader wants it: without what Alpaca's template puts around an instruction."""
     instruction = prompt["instruction"]
     return f"{instruction}\n{prompt['input']}" if instruction else prompt["prompt"]

@@ -90,6 +90,7 @@ def test_round_trip_and_names(tmp_path):
         "num_layers": 24,
         "num_parameters": 80,
         "plan_sha256": "ab",
+        "requested_ratio": None,
     }
     assert data["perplexity"][0] == {
         "corpus": "embedded", "sequence_length": 128, "bos": "none", "tokens": 4064, "value": 20.0, "stderr": 0.5,

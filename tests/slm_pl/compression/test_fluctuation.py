@@ -21,7 +21,7 @@ USUAL = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 
 def inputs_of(model, samples=SAMPLES) -> dict[tuple[int, str], list[numpy.ndarray]]:
-    """What goes into the output maps, by layer and group: of each sample ``[tokens, channels]``, one sample at a time."""
+    """What goes into the output maps, by layer and group: ``[tokens, channels]`` of each sample, run by itself."""
     found: dict[tuple[int, str], list[numpy.ndarray]] = {}
     handles = []
     for index, layer in enumerate(decoder_layers(model)):
