@@ -291,6 +291,14 @@ def test_flap_of_each_layer_by_itself():
         assert abs(plan.outcome["ratio"] - 0.25) * total_of(model) <= SIZE["mlp"]
 
 
+def test_flap_divides_the_share_itself_where_none_is_given():
+    """Of few heads the share is rounded, but never to more than is to go in all."""
+    model = pico_model("opt")  # a quarter of the heads are 6,336 parameters
+    for ratio in (0.05, 0.0824, 0.2):
+        plan = FLAP(ratio=ratio, structure="UL-MM", bias_compensation=False).plan(model, calibration())
+        assert abs(plan.outcome["ratio"] - ratio) * total_of(model) <= 65  # an MLP channel
+
+
 def test_flap_adds_what_the_removed_channels_gave_on_average():
     model = pico_model()
     plan = FLAP(ratio=0.2).plan(model, calibration())
@@ -584,6 +592,25 @@ def test_the_second_estimate_is_of_the_model_pruned_so_far(ranking):
     )
     assert plan.outcome["removed_parameters"] == parameters(final)
     assert abs(parameters(final) - 0.25 * total_of(model)) <= SIZE["mlp"]
+
+
+@pytest.mark.parametrize(("model_type", "heads"), [("llama", (1, 2, 4)), ("mistral", (1, 2, 3, 4))])
+def test_uniform_widths_are_those_that_the_stock_config_takes(model_type, heads, tmp_path):
+    """Three heads do not divide a hidden size of 32, and the config of a Llama minds."""
+    found = set()
+    for ratio in (0.1, 0.2, 0.3, 0.4):
+        model = pico_model(model_type, num_key_value_heads=4)
+        total = total_of(model)
+        plan = LLMPruner(ratio=ratio, importance="magnitude", uniform=True).plan(model, calibration())
+        surgery.apply(model, plan)
+        assert abs((total - total_of(model)) - ratio * total) <= 6 * SIZE["mlp"]
+        path = save_compressed(model, pico_tokenizer(), tmp_path / str(ratio), [], recovered=False)
+        stock = AutoModelForCausalLM.from_pretrained(path).eval()
+        assert torch.equal(stock(input_ids=IDS).logits, model(input_ids=IDS).logits)
+        assert stock.config.num_key_value_heads == stock.config.num_attention_heads
+        found.add(stock.config.num_attention_heads)
+    assert found <= set(heads)
+    assert len(found) > 1
 
 
 def test_random_units_are_drawn_by_the_seed_of_the_calibration_text():

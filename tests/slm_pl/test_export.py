@@ -7,12 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from slm_pl.compression import surgery
-from slm_pl.compression.plan import Base, Calibration, DropLayers, MergeLayers, Method, Plan
+from slm_pl.compression import modeling, surgery
+from slm_pl.compression.plan import (
+    Base,
+    Calibration,
+    DropLayers,
+    KeepChannels,
+    KeepHidden,
+    MergeLayers,
+    Method,
+    Plan,
+)
+from slm_pl.console import load_example
 from slm_pl.errors import UsageError
-from slm_pl.export import LOAD_EXAMPLE, load_compressed, save_compressed
+from slm_pl.export import load_compressed, save_compressed
 from tests.helpers.pico import pico_model
 from tests.helpers.run import IDS, logits_of
 from tests.helpers.tokenizer import pico_tokenizer
@@ -31,6 +41,20 @@ def compressed(model_type: str = "llama"):
     plans = [Plan(Base.of(model), first, calibration, (MergeLayers(2, 4),), ({"low": 2, "high": 4},))]
     surgery.apply(model, plans[0])
     plans.append(Plan(Base.of(model), Method("callbacks.Other", {"count": 1}), None, (DropLayers((1,)),)))
+    surgery.apply(model, plans[1])
+    return model, plans
+
+
+def narrowed(model_type: str = "llama", *others: KeepChannels):
+    """A model whose layers differ in width: one plan with a bias, and one that drops a layer."""
+    model = pico_model(model_type, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    model.config._name_or_path = "some/model"
+    steps = (KeepChannels(1, "attention", (1,), "layers.1.attention.bias"), KeepChannels(4, "mlp", (2, 3, 47)))
+    bias = torch.linspace(-1, 1, 32)
+    first = Plan(Base.of(model), Method("callbacks.FLAP", {"ratio": 0.1}), None, steps + others)
+    plans = [first.with_tensors({"layers.1.attention.bias": bias})]
+    surgery.apply(model, plans[0])
+    plans.append(Plan(Base.of(model), Method("callbacks.LayerRemoval", {"layers": [2]}), None, (DropLayers((2,)),)))
     surgery.apply(model, plans[1])
     return model, plans
 
@@ -133,8 +157,9 @@ def test_relative_directory(tmp_path, monkeypatch):
     assert load_compressed(Path("export"))[2] == plans
 
 
-def test_loads_in_a_python_without_this_project(tmp_path):
-    model, plans = compressed("qwen3")
+@pytest.mark.parametrize("unequal", [False, True], ids=["depth", "width"])
+def test_loads_in_a_python_without_this_project(unequal, tmp_path):
+    model, plans = narrowed("qwen3", KeepChannels(5, "attention", ())) if unequal else compressed("qwen3")
     path = save_compressed(model, pico_tokenizer(), tmp_path / "export", plans, recovered=True)
     torch.save({"ids": IDS, "logits": logits_of(model)}, tmp_path / "expected.pt")
     program = f"""
@@ -147,39 +172,144 @@ for name in ("slm_pl", "callbacks"):
         continue
     raise SystemExit(name + " can be imported")
 import json, torch
-{LOAD_EXAMPLE.format(path=path)}
+{load_example(str(path), own_code=unequal)}
 torch.set_num_threads({torch.get_num_threads()})  # equal to the last bit with as many threads only
 expected = torch.load("expected.pt", weights_only=True)
 with torch.inference_mode():
     logits = model(input_ids=expected["ids"]).logits
-    longer = model.generate(expected["ids"][:1], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    longer = [
+        model.generate(expected["ids"][:1], max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=use)
+        for use in (True, False)
+    ]
 print(json.dumps({{
     "equal": torch.equal(logits, expected["logits"]),
     "layers": model.config.num_hidden_layers,
-    "shape": list(longer.shape),
+    "class": type(model).__name__,
+    "shape": list(longer[0].shape),
+    "cached": torch.equal(*longer),
     "ids": tokenizer({TEXT!r}).input_ids,
     "foreign": [name for name in sys.modules if name.split(".")[0] in ("peft", "lightning", "lm_eval")],
 }}))
 """
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(
-        [sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-I", "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "equal": True,
-        "layers": 3,
+        "layers": 5 if unequal else 3,
+        "class": "PrunedQwen3ForCausalLM" if unequal else "Qwen3ForCausalLM",
         "shape": [1, IDS.shape[1] + 4],
+        "cached": True,
         "ids": pico_tokenizer()(TEXT).input_ids,
         "foreign": [],
     }
 
 
-def test_the_card_shows_the_lines_that_load_it(tmp_path, monkeypatch):
-    model, plans = compressed()
+def test_unequal_layers_bring_their_code_and_nothing_else_that_runs(tmp_path):
+    model, plans = narrowed()
     path = save_compressed(model, pico_tokenizer(), tmp_path / "export", plans, recovered=False)
-    code = re.search(r"```python\n(.*?)```", (path / "README.md").read_text(), re.DOTALL)
+    assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors", ".md", ".py", ".png"}  # no .bin, no .pt
+    assert [p.name for p in path.glob("*.py")] == ["modeling_pruned.py"]
+    code = (path / "modeling_pruned.py").read_text()
+    source = Path(modeling.__file__).read_text()
+    assert code.startswith(source)
+    ours = [line for line in code.removeprefix(source).splitlines() if line]
+    assert ours == [
+        "from transformers import LlamaForCausalLM  # noqa: E402",
+        "PrunedLlamaForCausalLM = with_widths(LlamaForCausalLM)",
+    ]
+    imported = set(re.findall(r"^(?:from|import) ([\w.]+)", code, re.MULTILINE))
+    assert imported == {"collections.abc", "typing", "torch", "transformers"}
+    config = json.loads((path / "config.json").read_text())
+    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_pruned.PrunedLlamaForCausalLM"}
+    assert config["architectures"] == ["PrunedLlamaForCausalLM"]
+    assert [(w["attention"], w["mlp"]) for w in config["layer_widths"]] == [(2, 48), (1, 48), (2, 48), (2, 3), (2, 48)]
+    assert [w.get("attention_bias", False) for w in config["layer_widths"]] == [False, True, False, False, False]
+
+    loaded, _, loaded_plans = load_compressed(path)
+    theirs = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    assert loaded_plans == plans
+    assert torch.equal(loaded_plans[0].tensors["layers.1.attention.bias"], torch.linspace(-1, 1, 32))
+    for one in (loaded, theirs):
+        assert torch.equal(logits_of(one), logits_of(model))
+    # What was loaded can be exported again, by either way, and is the same.
+    for number, one in enumerate((loaded, theirs)):
+        again = save_compressed(one, pico_tokenizer(), tmp_path / f"again{number}", plans, recovered=False)
+        for name in ("config.json", "modeling_pruned.py", "README.md"):
+            assert (again / name).read_text() == (path / name).read_text()
+        assert torch.equal(logits_of(load_compressed(again)[0]), logits_of(model))
+
+
+def test_equal_widths_need_no_code(tmp_path):
+    for number, steps in enumerate(
+        (
+            [KeepChannels(layer, "mlp", tuple(range(layer, layer + 40))) for layer in range(6)],
+            [KeepHidden(tuple(range(4, 32)))],
+        )
+    ):
+        model = pico_model("qwen3")
+        plan = Plan(Base.of(model), Method("x", {}), None, tuple(steps))
+        surgery.apply(model, plan)
+        path = save_compressed(model, pico_tokenizer(), tmp_path / str(number), [plan], recovered=False)
+        assert not list(path.glob("*.py"))
+        assert "auto_map" not in json.loads((path / "config.json").read_text())
+        stock = AutoModelForCausalLM.from_pretrained(path)
+        assert type(stock).__module__.startswith("transformers.")
+        assert torch.equal(logits_of(stock), logits_of(model))
+        assert "trust_remote_code" not in (path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [KeepChannels(1, "mlp", tuple(range(30)))],
+        [KeepChannels(1, "attention", (0,))],
+        [KeepChannels(1, "attention", ()), KeepChannels(4, "mlp", ())],
+    ],
+    ids=["channels", "heads", "whole groups"],
+)
+def test_stock_transformers_refuses_unequal_layers_and_draws_no_weights(steps, tmp_path):
+    model = pico_model()
+    surgery.apply(model, Plan(Base.of(model), Method("x", {}), None, tuple(steps)))
+    path = save_compressed(model, pico_tokenizer(), tmp_path / "export", [], recovered=False)
+    for load in (AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained):
+        with pytest.raises((RuntimeError, ValueError)):
+            load(path, trust_remote_code=False)
+    assert torch.equal(logits_of(load_compressed(path)[0]), logits_of(model))
+
+
+@pytest.mark.parametrize("unequal", [False, True], ids=["depth", "width"])
+def test_the_card_shows_the_lines_that_load_it(unequal, tmp_path, monkeypatch):
+    model, plans = narrowed() if unequal else compressed()
+    path = save_compressed(model, pico_tokenizer(), tmp_path / "export", plans, recovered=False)
+    card = (path / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert code is not None
+    assert ("trust_remote_code=True" in code.group(1)) is unequal
+    assert ('`slm_pl.export.load_compressed(".")` loads it without running that file' in card) is unequal
+    assert ("`modeling_pruned.py` beside this file" in card) is unequal
     monkeypatch.chdir(path)
     names: dict[str, object] = {}
     exec(code.group(1), names)
     assert torch.equal(logits_of(names["model"]), logits_of(model))  # type: ignore[arg-type]
+    if unequal:
+        assert torch.equal(logits_of(load_compressed(".")[0]), logits_of(model))
+
+
+def test_the_card_says_how_wide_the_layers_are(tmp_path):
+    model, plans = narrowed()
+    card = (save_compressed(model, pico_tokenizer(), tmp_path / "e", plans, False) / "README.md").read_text()
+    removed = (16 + 8 + 8 + 16) * 32 + 45 * 3 * 32 - 32, 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32
+    dense = 2 * 512 * 32 + 32 + 6 * removed[1]
+    assert f"6 → 5 decoder layers, {dense:,} → {dense - sum(removed):,} parameters" in card
+    assert re.search(r"\| keep 1 KV groups? in [^|]*\b1\b[^|]*, with a bias in their place \|", card)
+    assert re.search(r"\| keep 3 MLP channels in [^|]*\b4\b[^|]* \|", card)
+    assert "| remove layers 2 |" in card
+    assert all(f"`{plan.sha256}`" in card for plan in plans)

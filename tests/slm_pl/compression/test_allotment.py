@@ -106,7 +106,7 @@ def test_equal_share_of_unequal_layers_takes_equal_shares(seed):
 def test_same_width_is_one_width_exact_to_a_unit_of_each(seed):
     r, units, least, most = random_layers(seed)
     wanted = r.randint(0, most)
-    counts = same_width(units, wanted, least)
+    counts = same_width(units, wanted, least=least)
     assert counts.keys() == units.keys()
     assert all(0 <= counts[key] <= s.units - least for key, s in units.items())
     off, sizes = wanted - total(units, counts), {}
@@ -119,6 +119,22 @@ def test_same_width_is_one_width_exact_to_a_unit_of_each(seed):
     key = by_layer(units, "mlp")[0]
     channels_left = counts[key] < units[key].units - least
     assert 2 * abs(off) <= sizes["mlp" if channels_left else "attention" if "attention" in sizes else "mlp"]
+
+
+@pytest.mark.parametrize("wanted", range(0, 5 * 1500, 137))
+def test_same_width_takes_only_what_the_config_can_say(wanted):
+    units, asked = layers_of(5, 8, 80, 100, 10), set()  # a layer has 800 + 800 parameters
+
+    def takes(group, left):
+        asked.add((group, left))
+        return group == "mlp" or left in (8, 4, 2, 1)
+
+    counts = same_width(units, wanted, takes)
+    (heads,), (channels,) = ({counts[key] for key in by_layer(units, group)} for group in ("attention", "mlp"))
+    assert 8 - heads in (8, 4, 2, 1)
+    assert 0 <= channels < 80
+    assert 2 * abs(wanted - total(units, counts)) <= 5 * 10  # half a channel of every layer
+    assert all(1 <= left <= {"attention": 8, "mlp": 80}[group] for group, left in asked)
 
 
 def test_same_width_of_unequal_layers_is_refused():

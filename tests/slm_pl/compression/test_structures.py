@@ -280,6 +280,7 @@ def test_kept_hidden_channels_are_the_chosen_entries_of_every_parameter(model_ty
         expected = value if axis is None else value.movedim(axis, 0)[kept].movedim(0, axis)
         assert torch.equal(after[name], expected), name
     assert channels == 32
+    assert step == {"mixtral": 8, "qwen3_moe": 8, "llama": 4, "gemma2": 4, "gemma3_text": 4}.get(model_type, 1)
     assert total - count_parameters(model) == each * (32 - len(kept)) > 0
     assert (32 - len(kept)) % step == 0
     assert (model.config.hidden_size, model.config.head_dim) == (len(kept), 8)

@@ -122,7 +122,7 @@ def look(model, criterion: str, *visitors, size: int = 3) -> None:
         differentiate(model, SAMPLES.split(size), criterion, visit)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "olmo2", "phi3", "gpt_neox", "opt"])
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_unit_scores_are_the_formulas_on_one_ordinary_backward(model_type, criterion):
     model = wide_model(model_type)
