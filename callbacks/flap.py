@@ -135,7 +135,9 @@ class FLAP(CompressionCallback):
         if self.as_published and key[1] == "attention":
             metric = metric.square()
         if self.structure.startswith("AL"):
-            metric = (metric - metric.mean()) / metric.std()
+            spread = metric.std() if len(metric) > 1 else metric.new_zeros(())
+            # Where all channels are worth the same, none stands out.
+            metric = (metric - metric.mean()) / spread if spread > 0 else torch.zeros_like(metric)
         units = own.output.of_units(metric, own.units)
         # The authors' program adds a head's channels up where it compares within a layer; that changes no order.
         return units.mean(1).cpu().double()
@@ -170,17 +172,29 @@ class FLAP(CompressionCallback):
             return lowest(units, scores, wanted, least)
         attention = {key: own for key, own in units.items() if key[1] == "attention"}
         rest = {key: own for key, own in units.items() if key[1] == "mlp"}
+        if self.attention_ratio is not None and not (attention and rest):
+            raise UsageError(
+                f"attention_ratio is {self.attention_ratio}, but of this model only "
+                f"{'attention' if attention else 'MLPs'} can lose units. Leave it out."
+            )
         if self.structure == "UL-UM" or not attention or not rest:
             if self.structure == "AL-MM":
                 return lowest(units, scores, wanted, least)
             return lowest_in_each(scores, equal_share(units, wanted, least))
         everything = cost(units, {key: own.units for key, own in units.items()})
-        share = wanted / everything if self.attention_ratio is None else self.attention_ratio
-        first = round(share * cost(attention, {key: own.units for key, own in attention.items()}))
+        given = self.attention_ratio is not None
+        share = self.attention_ratio if self.attention_ratio is not None else wanted / everything
+        first = int(share * cost(attention, {key: own.units for key, own in attention.items()}))
+        # Heads are large: rounded up, they could be more than is to go in all.
+        largest = max(own.unit_parameters for own in attention.values())
+        first = first if given else first // largest * largest
         if self.structure == "AL-MM":
             kept = lowest(attention, scores, first, least)
         else:
-            counts = {key: min(round(share * own.units), own.units - least) for key, own in attention.items()}
+            rounded = {
+                key: round(share * own.units) if given else int(share * own.units) for key, own in attention.items()
+            }
+            counts = {key: min(count, attention[key].units - least) for key, count in rounded.items()}
             kept = lowest_in_each({key: scores[key] for key in attention}, counts)
         remaining = wanted - cost(attention, {key: own.units - len(kept[key]) for key, own in attention.items()})
         most = cost(rest, {key: own.units - least for key, own in rest.items()})

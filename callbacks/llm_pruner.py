@@ -269,8 +269,9 @@ class LLMPruner(CompressionCallback):
             gone = round(self.ratio * sum(p.numel() for p in model.parameters()) / each)
         gone = round(gone / step) * step
         if not 0 < gone < channels:
+            name = "ratio" if self.layer_ratio is None else "layer_ratio"
             raise UsageError(
-                f"ratio {self.ratio} or layer_ratio {self.layer_ratio} means {gone} of {channels} channels of the "
+                f"{name} {self.ratio or self.layer_ratio} means {gone} of {channels} channels of the "
                 f"hidden state; 1 to {channels - 1} can be removed" + (f", {step} at a time." if step > 1 else ".")
             )
         if self.importance == "random":

@@ -141,7 +141,9 @@ def _describe(plan: Plan) -> list[str]:
             span = f"{widths[0]:,}" if widths[0] == widths[-1] else f"{widths[0]:,} to {widths[-1]:,}"
             biased = ", with a bias in their place" if any(step.bias for step in narrow) else ""
             layers = [step.layer for step in narrow]
-            lines.append(f"keep {span} {unit} in {len(layers)} layers from {min(layers)} to {max(layers)}{biased}")
+            where = f"{len(layers)} layers from {min(layers)} to {max(layers)}"
+            where = where if len(layers) > 1 else f"layer {layers[0]}"
+            lines.append(f"keep {span} {unit if widths[-1] != 1 else unit.removesuffix('s')} in {where}{biased}")
     return lines
 
 

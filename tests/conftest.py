@@ -1,8 +1,11 @@
 """Fixtures that more than one test module uses."""
 
 import os
+import shutil
+import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub, which reads it once; children inherit it
+# Where the code of a checkpoint is copied to before it runs: not into the user's cache.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,12 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reaches the Hub, also where huggingface_hub was imported before this file."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _modules_cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture

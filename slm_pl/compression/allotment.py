@@ -144,7 +144,8 @@ def same_width(
         else:
             high = middle
     counts = each(low)
-    for group in [group for group in ("mlp", "attention") if group in groups]:
+    # Channels first; where they do not suffice, heads, and then channels make up for the last of these.
+    for group in [group for group in ("mlp", "attention", "mlp") if group in groups]:
         size = sum(structure.unit_parameters for structure in groups[group])
         counts[group] = nearest(group, counts[group] + (wanted - cost(units, spread(counts))) / size)
     return spread(counts)

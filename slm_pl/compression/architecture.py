@@ -233,7 +233,9 @@ def lora_targets(model: "PreTrainedModel") -> list[str]:
     """
     architecture = architecture_of(model)
     paths = architecture.attention if architecture.experts else architecture.projections
-    return sorted({path.rpartition(".")[2] for path in paths})
+    # Where no layer has kept its attention or its MLP, some are gone.
+    there = {path for layer in decoder_layers(model) for path, _ in layer.named_modules()}
+    return sorted({path.rpartition(".")[2] for path in paths if path in there})
 
 
 def attention_of(layer: nn.Module, architecture: Architecture) -> nn.Module:

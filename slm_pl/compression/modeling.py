@@ -22,46 +22,44 @@ Width = Mapping[str, Any]
 
 
 class EmptyAttention(nn.Module):
-    """Stands for an attention that lost all its heads: nothing is computed, a constant may be left.
+    """Stands for an attention that lost all its heads: no query, no key, no value, no score.
+
+    What is left of it is its output map, which takes nothing and gives its bias, if any.
 
     Args:
-        hidden_size: Of the model.
-        constant: Whether it gives a constant vector, a parameter; else zeros.
-        like: Lends device and dtype.
+        name: Of the output map.
+        output: The output map.
         layer_idx: Where the layer stands in the key/value cache.
     """
 
-    def __init__(self, hidden_size: int, constant: bool, like: Tensor, layer_idx: int) -> None:
+    def __init__(self, name: str, output: nn.Linear, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.constant = nn.Parameter(like.new_zeros(hidden_size)) if constant else None
+        self.output = name
+        self.add_module(name, output)
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> tuple[Tensor, None]:
-        """Gives the constant for every token. The cache hears how many there are, since masks are made from it."""
+        """Gives the bias for every token. The cache hears how many there are, since masks are made from it."""
         cache = kwargs.get("past_key_values")
         cache = kwargs.get("layer_past") if cache is None else cache
         if cache is not None:
             counted = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(counted, counted, self.layer_idx)
-        return _constant(self.constant, hidden_states), None
+        return getattr(self, self.output)(hidden_states[..., :0]), None
 
 
 class EmptyMLP(nn.Module):
-    """Stands for an MLP that lost all its channels; the arguments are those of :class:`EmptyAttention`."""
+    """Stands for an MLP that lost all its channels; as :class:`EmptyAttention`."""
 
-    def __init__(self, hidden_size: int, constant: bool, like: Tensor) -> None:
+    def __init__(self, name: str, output: nn.Linear) -> None:
         super().__init__()
-        self.constant = nn.Parameter(like.new_zeros(hidden_size)) if constant else None
+        self.output = name
+        self.add_module(name, output)
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Gives the constant for every token; added to the residual where the model leaves that to its MLP."""
-        output = _constant(self.constant, hidden_states)
+        """Gives the bias for every token; added to the residual where the model leaves that to its MLP."""
+        output = getattr(self, self.output)(hidden_states[..., :0])
         return output if residual is None else residual + output
-
-
-def _constant(value: Tensor | None, hidden_states: Tensor) -> Tensor:
-    value = hidden_states.new_zeros(1) if value is None else value
-    return value.expand(hidden_states.shape)
 
 
 class OwnHeads:
@@ -95,16 +93,15 @@ def shape_layer(layer: nn.Module, layout: Layout, width: Width) -> None:
             continue
         (output,) = parts["in"]
         written: Any = layer.get_submodule(output)
-        bias = bool(width.get(f"{group}_bias"))
-        hidden_size = written.weight.shape[0]
+        _resize(written, "weight", 1, units * parts["in"][output])
+        written.in_features = units * parts["in"][output]
+        if width.get(f"{group}_bias") and written.bias is None:
+            written.bias = nn.Parameter(written.weight.new_zeros(written.weight.shape[0]))
         if units == 0 and parts["module"] is not None:
             holder, _, name = parts["module"].rpartition(".")
-            constant = bias or written.bias is not None
-            if group == "attention":
-                attention: Any = layer.get_submodule(parts["module"])
-                empty: nn.Module = EmptyAttention(hidden_size, constant, written.weight, attention.layer_idx)
-            else:
-                empty = EmptyMLP(hidden_size, constant, written.weight)
+            own: Any = layer.get_submodule(parts["module"])
+            last = output.rpartition(".")[2]
+            empty = EmptyAttention(last, written, own.layer_idx) if group == "attention" else EmptyMLP(last, written)
             setattr(layer.get_submodule(holder), name, empty)
             continue
         for path, size in parts["out"].items():
@@ -114,10 +111,6 @@ def shape_layer(layer: nn.Module, layout: Layout, width: Width) -> None:
                 _resize(module, "bias", 0, units * size)
             if hasattr(module, "out_features"):
                 module.out_features = units * size
-        _resize(written, "weight", 1, units * parts["in"][output])
-        written.in_features = units * parts["in"][output]
-        if bias and written.bias is None:
-            written.bias = nn.Parameter(written.weight.new_zeros(hidden_size))
         if group == "attention":
             _count_heads(layer.get_submodule(parts["module"]), units, units * parts["heads"], parts["own_config"])
 

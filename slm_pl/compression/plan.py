@@ -190,10 +190,11 @@ class Plan:
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Plan":
         """The same plan with the tensors that its steps name."""
-        return replace(self, tensors=dict(tensors), tensors_sha256=tensors_fingerprint(tensors))
+        return replace(self, tensors=dict(tensors), tensors_sha256=tensors_fingerprint(tensors) if tensors else None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan, after its tensors if it has any; each file is whole or absent."""
+        assert bool(self.tensors) == (self.tensors_sha256 is not None), "from_dict reads no tensors"
         tensors = tensors_file(path)
         if self.tensors:
             from safetensors.torch import save

@@ -20,12 +20,12 @@ from slm_pl.compression.architecture import (
     Group,
     accepts,
     architecture_of,
-    attention_of,
     decoder_layers,
     head_sizes,
     hidden_size,
 )
-from slm_pl.compression.modeling import EmptyAttention, EmptyMLP, Layout
+from slm_pl.compression.modeling import Layout
+from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,11 +123,9 @@ def _structure(layer: nn.Module, architecture: Architecture, group: Group) -> St
     if not paths or (group == "attention" and architecture.fixed_heads):
         return None
     *readers, writer = paths
-    if group == "attention" and isinstance(attention_of(layer, architecture), EmptyAttention):
-        return None
     try:
         columns = weight_of(layer, writer).shape[1]
-    except AttributeError:  # a layer with experts in place of an MLP, or one that lost its MLP
+    except AttributeError:  # a layer with experts in place of an MLP
         return None
     if columns == 0:
         return None
@@ -199,11 +197,12 @@ def layer_width(model: "PreTrainedModel", layer: int, layout: Layout) -> dict[st
     architecture, module = architecture_of(model), decoder_layers(model)[layer]
     width: dict[str, int | bool] = {}
     for group in GROUPS:
+        paths = architecture.attention if group == "attention" else architecture.mlp
         units = _structure(module, architecture, group)
         if units is not None:
             width[group], bias = units.units, module.get_submodule(units.output.path).bias is not None
-        elif (emptied := _emptied(module, architecture, group)) is not None:
-            width[group], bias = 0, emptied
+        elif paths and (output := _emptied(module, paths[-1])) is not None:
+            width[group], bias = 0, output.bias is not None
         else:
             continue
         if bias and not layout[group]["bias"]:
@@ -211,18 +210,13 @@ def layer_width(model: "PreTrainedModel", layer: int, layout: Layout) -> dict[st
     return width
 
 
-def _emptied(layer: nn.Module, architecture: Architecture, group: Group) -> bool | None:
-    """Whether what is left of a group that lost all its units has a constant; None if it did not lose them."""
-    paths = architecture.attention if group == "attention" else architecture.mlp
-    if not paths:
+def _emptied(layer: nn.Module, path: str) -> nn.Linear | None:
+    """The output map of a group that lost all its units; None if it did not lose them."""
+    try:
+        module = layer.get_submodule(path)
+    except AttributeError:
         return None
-    holder = paths[-1].rpartition(".")[0]
-    module = layer.get_submodule(holder) if holder else layer.get_submodule(paths[-1])
-    if isinstance(module, EmptyAttention | EmptyMLP):
-        return module.constant is not None
-    if isinstance(module, nn.Linear) and module.in_features == 0:
-        return module.bias is not None
-    return None
+    return module if isinstance(module, nn.Linear) and module.in_features == 0 else None
 
 
 def hidden_axes(model: "PreTrainedModel") -> dict[str, int]:
@@ -241,7 +235,10 @@ def hidden_axes(model: "PreTrainedModel") -> dict[str, int]:
         if name.startswith(f"{architecture.layers}."):
             own = name.removeprefix(f"{architecture.layers}.").partition(".")[2]
             # A norm of the hidden state is the layer's own; one inside attention is of heads.
-            if own in inside or own.count(".") == 1 and parameter.ndim == 1 or own.endswith(".constant"):
+            norm = (
+                parameter.ndim == 1 and own.count(".") == 1 and own.rpartition(".")[0] not in architecture.projections
+            )
+            if own in inside or norm:
                 axes[name] = inside.get(own, 0)
         else:
             wide = [axis for axis, length in enumerate(parameter.shape) if length == width]
@@ -254,7 +251,15 @@ def hidden_channel_parameters(model: "PreTrainedModel") -> tuple[int, int, int]:
     """How many channels the hidden state has, how many parameters each, and how many have to go at a time.
 
     The kernels that run experts want rows of a multiple of 16 bytes, some configs a multiple of the number of heads.
+
+    Raises:
+        UsageError: If the config cannot say the size of a head beside that of the hidden state.
     """
+    if not architecture_of(model).own_head_dim:
+        raise UsageError(
+            f"The hidden state of a {model.config.model_type} model cannot be made narrower, because its config "
+            "derives the size of a head from it. Remove heads and MLP channels."
+        )
     channels = hidden_size(model)
     parameters = dict(model.named_parameters())
     total = sum(parameters[name].numel() for name in hidden_axes(model))

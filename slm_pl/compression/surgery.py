@@ -46,7 +46,14 @@ from slm_pl.compression.plan import (
     OtherParameters,
     Plan,
 )
-from slm_pl.compression.structures import hidden_axes, layer_width, structure, weight_of, width_layout
+from slm_pl.compression.structures import (
+    hidden_axes,
+    hidden_channel_parameters,
+    layer_width,
+    structure,
+    weight_of,
+    width_layout,
+)
 from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -238,12 +245,7 @@ def check(model: "PreTrainedModel", plan: Plan) -> None:
                 raise UsageError(
                     "The plan makes the hidden state narrower among other steps. Make it a plan of its own."
                 )
-            if not architecture_of(model).own_head_dim:
-                raise UsageError(
-                    f"The hidden state of a {model.config.model_type} model cannot be made narrower, because its "
-                    "config derives the size of a head from it. Remove heads and MLP channels."
-                )
-            _check_indices(step.indices, hidden_size(model), "the hidden state")
+            _check_indices(step.indices, hidden_channel_parameters(model)[0], "the hidden state")
             if not step.indices or not accepts(model, channels=len(step.indices)):
                 raise UsageError(
                     f"The plan keeps {len(step.indices)} channels of the hidden state, which the config of a "
@@ -362,12 +364,9 @@ def _keep_channels(model: "PreTrainedModel", step: KeepChannels, layout: Layout,
         values[f"{units.output.path}.bias"] = bias
     width[step.group] = len(step.indices)
     shape_layer(layer, layout, {step.group: len(step.indices), f"{step.group}_bias": width.get(f"{step.group}_bias")})
-    module_path = layout[step.group]["module"]
-    if not step.indices and module_path is not None:
-        values = {} if bias is None else {f"{module_path}.constant": bias}
-    own = dict(layer.named_parameters())
-    for name, value in values.items():
-        own[name].copy_(value)
+    for name, parameter in layer.named_parameters():
+        if name in values:  # of a group that was emptied, only the output map is left
+            parameter.copy_(values[name])
 
 
 def _say_widths(model: "PreTrainedModel", layout: Layout) -> None:

@@ -18,7 +18,7 @@ def check_target(method: str, plan_path: str | None, controls: Mapping[str, floa
     Args:
         method: Its name, for messages.
         plan_path: With a plan, no control is needed.
-        controls: The controls by name; ``remove_layers`` and ``ratio`` are held to their ranges.
+        controls: The controls by name; ``remove_layers``, ``ratio`` and ``layer_ratio`` are held to their ranges.
 
     Raises:
         UsageError: If not exactly one of them is given, or one is out of range.
@@ -31,6 +31,9 @@ def check_target(method: str, plan_path: str | None, controls: Mapping[str, floa
     remove_layers, ratio = controls.get("remove_layers"), controls.get("ratio")
     if remove_layers is not None and remove_layers < 1:
         raise UsageError(f"remove_layers is {remove_layers}; give at least 1.")
+    layer_ratio = controls.get("layer_ratio")
+    if layer_ratio is not None and not 0 < layer_ratio < 1:
+        raise UsageError(f"layer_ratio is {layer_ratio}; it is a share of each layer's units, in (0, 1).")
     if ratio is not None and not 0 < ratio < 1:
         raise UsageError(f"ratio is {ratio}; it is a share of all parameters, in (0, 1). For 20 % give 0.2.")
 

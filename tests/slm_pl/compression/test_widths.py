@@ -219,7 +219,7 @@ def test_narrow_hidden_state_after_narrow_layers(tmp_path):
         b=torch.arange(32.0),
     )
     second = apply(model, KeepHidden(tuple(range(1, 25))))
-    assert model.model.layers[2].self_attn.constant.tolist() == list(range(1, 25))
+    assert model.model.layers[2].self_attn.o_proj.bias.tolist() == list(range(1, 25))
     assert model.model.layers[3].mlp.down_proj.bias.tolist() == list(range(1, 25))
     assert_reloads(model, [first, second], tmp_path / "export")
 
