@@ -170,8 +170,7 @@ class CompressionCallback(pl.Callback, ABC):
         pl_module.plans.append(plan)
         self._applied = plan
         parameters = count_parameters(model)
-        requested = plan.method.init_args.get("ratio")
-        asked = f", {requested:.1%} asked for" if isinstance(requested, float) else ""
+        asked = "" if plan.requested_ratio is None else f", {plan.requested_ratio:.1%} asked for"
         rank_zero_info(
             f"{type(self).__name__}: {before.num_layers} -> {num_layers(model)} layers, "
             f"{before.num_parameters / 1e6:,.1f} M -> {parameters / 1e6:,.1f} M parameters "
@@ -229,9 +228,10 @@ class CompressionCallback(pl.Callback, ABC):
 
     def _calibration(self, trainer: pl.Trainer) -> CalibrationSet:
         """This rank's share of the calibration text."""
-        if not self.uses_calibration:
-            return CalibrationSet.from_ids([], CalibrationText())
         datamodule = getattr(trainer, "datamodule", None)
+        if not self.uses_calibration:
+            text = datamodule.calibration if isinstance(datamodule, AlpacaDataModule) else CalibrationText()
+            return CalibrationSet.from_ids([], text)
         if not isinstance(datamodule, AlpacaDataModule):
             raise UsageError(
                 f"{type(self).__name__} needs calibration text from slm_pl.data.AlpacaDataModule; got "

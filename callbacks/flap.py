@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from callbacks.base import CompressionCallback
-from slm_pl.compression.allotment import cost, equal_share, lowest, lowest_in_each, wanted_parameters
+from slm_pl.compression.allotment import check_met, cost, equal_share, lowest, lowest_in_each, wanted_parameters
 from slm_pl.compression.architecture import GROUPS, decoder_layers, num_layers
 from slm_pl.compression.calibration import distributed
 from slm_pl.compression.fluctuation import ChannelStatistics, input_statistics
@@ -117,7 +117,7 @@ class FLAP(CompressionCallback):
         added = self._bias_parameters(model, units, kept)
         outcome: dict[str, JSONValue] = {
             "score": f"{self.metric}, {'standardised' if self.structure.startswith('AL') else 'as measured'}",
-            **achieved(model, units, kept, self.ratio, added),
+            **achieved(model, units, kept, None if self.as_published else self.ratio, added),
         }
         plan = self.make_plan(
             model,
@@ -164,46 +164,53 @@ class FLAP(CompressionCallback):
                 key for key in last if len(last[key]) < units[key].units
             ]:
                 break
+        check_met(units, kept, wanted + self._bias_parameters(model, units, kept))
         return kept
 
     def _take(self, units: Units, scores: Scores, wanted: int, least: int) -> Kept:
         """The units that stay after those that are worth least, of the ones that compete, went."""
-        if self.structure == "AL-AM":
-            return lowest(units, scores, wanted, least)
+        adaptive = self.structure.startswith("AL")
         attention = {key: own for key, own in units.items() if key[1] == "attention"}
         rest = {key: own for key, own in units.items() if key[1] == "mlp"}
-        if self.attention_ratio is not None and not (attention and rest):
+        share = self.attention_ratio
+        if share is not None and not (attention and rest):
             raise UsageError(
-                f"attention_ratio is {self.attention_ratio}, but of this model only "
-                f"{'attention' if attention else 'MLPs'} can lose units. Leave it out."
+                f"attention_ratio is {share}, but of this model only {'attention' if attention else 'MLPs'} can lose "
+                "units. Leave it out."
             )
-        if self.structure == "UL-UM" or not attention or not rest:
-            if self.structure == "AL-MM":
+        most_share = min(((own.units - least) / own.units for own in attention.values()), default=0.0)
+        if share is not None and share > most_share:
+            raise UsageError(
+                f"attention_ratio is {share}, but without emptying a layer's attention at most {most_share:.2g} of its "
+                "units can go. Give less, or allow_empty: true."
+            )
+        together = self.structure.endswith("UM") or self.structure == "AL-AM" or not (attention and rest)
+        if together or (share is None and not adaptive):
+            if adaptive:
                 return lowest(units, scores, wanted, least)
             return lowest_in_each(scores, equal_share(units, wanted, least))
-        everything = cost(units, {key: own.units for key, own in units.items()})
-        given = self.attention_ratio is not None
-        share = self.attention_ratio if self.attention_ratio is not None else wanted / everything
-        first = int(share * cost(attention, {key: own.units for key, own in attention.items()}))
-        # Heads are large: rounded up, they could be more than is to go in all.
-        largest = max(own.unit_parameters for own in attention.values())
-        first = first if given else first // largest * largest
-        if self.structure == "AL-MM":
+        everything = cost(attention, {key: own.units for key, own in attention.items()})
+        if share is None:
+            # The same of both; whole heads, and no more than that, since the MLPs can make up for less only.
+            largest = max(own.unit_parameters for own in attention.values())
+            both = everything + cost(rest, {key: own.units for key, own in rest.items()})
+            first = int(wanted / both * everything) // largest * largest
+        else:
+            first = round(share * everything)
+        if adaptive:
             kept = lowest(attention, scores, first, least)
         else:
-            rounded = {
-                key: round(share * own.units) if given else int(share * own.units) for key, own in attention.items()
-            }
-            counts = {key: min(count, attention[key].units - least) for key, count in rounded.items()}
+            assert share is not None
+            counts = {key: min(round(share * own.units), own.units - least) for key, own in attention.items()}
             kept = lowest_in_each({key: scores[key] for key in attention}, counts)
         remaining = wanted - cost(attention, {key: own.units - len(kept[key]) for key, own in attention.items()})
         most = cost(rest, {key: own.units - least for key, own in rest.items()})
         if not 0 <= remaining <= most:
             raise UsageError(
-                f"attention_ratio {self.attention_ratio} leaves {remaining:,} parameters for the MLPs to lose, which "
-                f"can lose 0 to {most:,}. Give another attention_ratio or ratio."
+                f"ratio {self.ratio} with attention_ratio {share} leaves {remaining:,} parameters for the MLPs to "
+                f"lose, which can lose 0 to {most:,}. Give another of both."
             )
-        if self.structure == "AL-MM":
+        if adaptive:
             return kept | lowest(rest, scores, remaining, least)
         return kept | lowest_in_each({key: scores[key] for key in rest}, equal_share(rest, remaining, least))
 

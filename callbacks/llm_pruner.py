@@ -10,6 +10,7 @@ from torch import Tensor
 from callbacks.base import CompressionCallback
 from slm_pl.compression.allotment import (
     Counts,
+    check_met,
     cost,
     equal_share,
     lowest,
@@ -19,7 +20,7 @@ from slm_pl.compression.allotment import (
     wanted_parameters,
 )
 from slm_pl.compression.architecture import Group, accepts, architecture_of, num_layers
-from slm_pl.compression.plan import JSONValue, KeepHidden, Plan
+from slm_pl.compression.plan import JSONValue, KeepHidden, Plan, count_parameters
 from slm_pl.compression.structures import Key, Structure, hidden_channel_parameters, masked, structures
 from slm_pl.compression.target import check_target
 from slm_pl.compression.unit_scores import (
@@ -64,8 +65,8 @@ class LLMPruner(CompressionCallback):
 
     Args:
         ratio: Remove this share of all parameters, exact to one unit (``uniform``: to one in each layer); in (0, 1).
-        layer_ratio: Remove this share of the units of each pruned layer, rounded as the authors' program does; in
-            (0, 1).
+        layer_ratio: Remove this share of the units of each pruned layer, rounded as the authors' program does; with
+            ``global_ranking``, of the parameters of all units that may go; in (0, 1).
         importance: ``taylor``, by weights and gradients; ``magnitude``, Σ w²; ``random``, a draw by the calibration
             seed.
         taylor: With w the weight, g its gradient and a the mean squared gradient of single samples: ``param_first``
@@ -114,14 +115,20 @@ class LLMPruner(CompressionCallback):
         ):
             if value not in allowed:
                 raise UsageError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+        if importance != "taylor" and taylor != "param_first":
+            raise UsageError(f"taylor is {taylor}, but importance is {importance}. Leave taylor out.")
+        if importance == "random" and (grouping != "sum" or as_published):
+            raise UsageError("importance random looks at no weights. Leave grouping and as_published out.")
         if iterative_steps < 1:
             raise UsageError(f"iterative_steps is {iterative_steps}; give at least 1.")
         if uniform and global_ranking:
             raise UsageError("uniform gives all layers one width, global_ranking each its own; give one of them.")
-        if scope == "channel" and (global_ranking or iterative_steps > 1 or as_published or grouping == "last"):
+        if scope == "channel" and (
+            uniform or global_ranking or iterative_steps > 1 or as_published or grouping == "last"
+        ):
             raise UsageError(
-                "scope channel prunes one structure once: leave out global_ranking, iterative_steps, as_published and "
-                "grouping last."
+                "scope channel prunes one structure once: leave out uniform, global_ranking, iterative_steps, "
+                "as_published and grouping last."
             )
         for name, bounds in (("attention_layers", attention_layers), ("mlp_layers", mlp_layers)):
             if (uniform or scope == "channel") and bounds is not None and tuple(bounds) not in ((4, -2), (0, None)):
@@ -169,6 +176,10 @@ class LLMPruner(CompressionCallback):
             else:
                 now = {key: count * step // self.iterative_steps - gone[key] for key, count in counts.items()}
                 kept = lowest_in_each(scores, now, kept)
+        if self.importance == "random":
+            outcome["seed"] = calibration.text.seed
+        if self.global_ranking:
+            check_met(units, kept, wanted)
         outcome |= achieved(model, units, kept, self.ratio)
         steps = kept_steps(units, kept)
         return self.make_plan(model, calibration, [*steps], kept_trace(units, scores, kept, last), outcome)
@@ -179,6 +190,11 @@ class LLMPruner(CompressionCallback):
 
     def _discover(self, model: "PreTrainedModel") -> dict[Key, Structure]:
         """Discovery: the structures that may lose units."""
+        if self.uniform and getattr(model.config, "layer_widths", None) is not None:
+            raise UsageError(
+                "uniform is true, but the layers of this model differ in width already, or carry biases that its stock "
+                "class has not. Set uniform: false, or start from a model whose layers are equal."
+            )
         architecture, ranges = architecture_of(model), {"attention": self.attention_layers, "mlp": self.mlp_layers}
         units: dict[Key, Structure] = {}
         for group, bounds in ranges.items():
@@ -212,7 +228,16 @@ class LLMPruner(CompressionCallback):
             wanted = wanted_parameters(model, self.ratio, units)
             if not self.uniform:
                 return equal_share(units, wanted), wanted
-            return same_width(units, wanted, functools.partial(_takes, model, units)), wanted
+            counts = same_width(units, wanted, functools.partial(_takes, model, units))
+            step = min(sum(s.unit_parameters for k, s in units.items() if k[1] == group) for _, group in units)
+            missed = cost(units, counts) - wanted
+            if not any(counts.values()) or 2 * abs(missed) > step:
+                share = cost(units, counts) / count_parameters(model)
+                raise UsageError(
+                    f"ratio {self.ratio} cannot be met with one width for all layers: the nearest is {share:.4f}. Give "
+                    "that, let attention and MLPs both be pruned, or set uniform: false."
+                )
+            return counts, wanted
         if self.global_ranking:
             return {}, round(self.layer_ratio * cost(units, {key: s.units for key, s in units.items()}))
         counts = published_share(units, self.layer_ratio)
@@ -266,7 +291,7 @@ class LLMPruner(CompressionCallback):
             gone = channels - int(channels * (1 - self.layer_ratio))
         else:
             assert self.ratio is not None
-            gone = round(self.ratio * sum(p.numel() for p in model.parameters()) / each)
+            gone = round(self.ratio * count_parameters(model) / each)
         gone = round(gone / step) * step
         if not 0 < gone < channels:
             name = "ratio" if self.layer_ratio is None else "layer_ratio"
@@ -275,6 +300,7 @@ class LLMPruner(CompressionCallback):
                 f"hidden state; 1 to {channels - 1} can be removed" + (f", {step} at a time." if step > 1 else ".")
             )
         if self.importance == "random":
+            outcome["seed"] = calibration.text.seed
             generator = torch.Generator().manual_seed(calibration.text.seed)
             scores: Tensor = torch.rand(channels, generator=generator, dtype=torch.float64)
         else:
@@ -285,7 +311,7 @@ class LLMPruner(CompressionCallback):
         removed = gone * each
         outcome |= {
             "requested_ratio": self.ratio,
-            "ratio": removed / sum(p.numel() for p in model.parameters()),
+            "ratio": removed / count_parameters(model),
             "removed_parameters": removed,
         }
         row: dict[str, JSONValue] = {"group": "hidden", "units": channels, "kept": len(kept), "scores": rounded(scores)}

@@ -3,10 +3,12 @@
 import functools
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from callbacks.base import CompressionCallback
 from slm_pl.compression.allotment import equal_share, lowest_in_each, wanted_parameters
 from slm_pl.compression.architecture import decoder_layers, num_layers
-from slm_pl.compression.calibration import capture, run_layers
+from slm_pl.compression.calibration import Arguments, capture, run_layers
 from slm_pl.compression.fluctuation import InputStatistics, check_finite, watch
 from slm_pl.compression.plan import JSONValue, Plan
 from slm_pl.compression.structures import Key, masked, structures, weight_of
@@ -55,8 +57,12 @@ class WandaStructured(CompressionCallback):
             raise UsageError(f"No {model.config.model_type} layer of this model has units that can be removed.")
         counts = equal_share(units, wanted_parameters(model, self.ratio, units))
         layers = list(decoder_layers(model))
-        captures = [capture(model, ids, only_first=True) for ids in calibration]
-        hidden = [own.inputs[0] for own in captures]
+        hidden: list[Tensor] = []
+        arguments: list[list[Arguments]] = []
+        for ids in calibration:
+            seen = capture(model, ids, only_first=True)
+            hidden.append(seen.inputs[0])
+            arguments.append(seen.arguments)
         scores: Scores = {}
         kept: dict[Key, list[int]] = {}
         with progress("Pruning layer after layer", len(layers)) as advance:
@@ -67,8 +73,8 @@ class WandaStructured(CompressionCallback):
                     watch(layers[index], own, functools.partial(statistics.take, key)) for key, own in here.items()
                 ]
                 try:
-                    for state, own_capture in zip(hidden, captures, strict=True):
-                        run_layers(layers, [index], state, own_capture.arguments)
+                    for state, others in zip(hidden, arguments, strict=True):
+                        run_layers(layers, [index], state, others)
                 finally:
                     for handle in handles:
                         handle.remove()
@@ -81,8 +87,8 @@ class WandaStructured(CompressionCallback):
                 kept |= lowest_in_each({key: scores[key] for key in here}, {key: counts[key] for key in here})
                 with masked(model, here, kept):
                     hidden = [
-                        run_layers(layers, [index], state, own_capture.arguments)
-                        for state, own_capture in zip(hidden, captures, strict=True)
+                        run_layers(layers, [index], state, others)
+                        for state, others in zip(hidden, arguments, strict=True)
                     ]
                 advance(f"layer {index}")
         outcome: dict[str, JSONValue] = {

@@ -155,7 +155,8 @@ def _requested_rows(records: list[Results]) -> list[Row]:
     asked = [record.model.requested_ratio for record in records]
     if not any(asked):
         return []
-    cells = [Cell(ratio, reason="another target was given, or none") for ratio in asked]
+    absent = Cell(None, reason="another target was given, or none")
+    cells = [absent if ratio is None else Cell(ratio) for ratio in asked]
     return [Row("requested_ratio", "Removal asked for", "share", cells)]
 
 

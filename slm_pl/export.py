@@ -76,7 +76,7 @@ def save_compressed(
 
 def needs_own_code(model: "PreTrainedModel") -> bool:
     """Whether stock transformers cannot build the model: its layers differ in width."""
-    return hasattr(model.config, "layer_widths")
+    return getattr(model.config, "layer_widths", None) is not None
 
 
 def _name_class(model: "PreTrainedModel", directory: Path) -> None:
@@ -148,8 +148,7 @@ def _describe(plan: Plan) -> list[str]:
 
 
 def _asked(plans: list[Plan]) -> str:
-    ratios = [plan.method.init_args.get("ratio") for plan in plans]
-    shares = [f"{ratio:.1%}" for ratio in ratios if isinstance(ratio, float)]
+    shares = [f"{plan.requested_ratio:.1%}" for plan in plans if plan.requested_ratio is not None]
     return f"; {' and then '.join(shares)} asked for" if len(shares) == len(plans) else ""
 
 

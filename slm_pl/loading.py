@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from slm_pl import files
+from slm_pl.compression.architecture import config_layers
 from slm_pl.compression.modeling import with_widths
 from slm_pl.compression.structures import width_layout
 from slm_pl.errors import UsageError
@@ -89,7 +90,8 @@ def load_model(source: Source, dtype: DType = "auto", attn_implementation: str |
         )
         loader: type = AutoModelForCausalLM
         trust: dict[str, bool] = {"trust_remote_code": source.trust_remote_code}
-        if hasattr(config, "layer_widths"):
+        if getattr(config, "layer_widths", None) is not None:
+            _check_widths(config, source.pretrained)
             loader, trust = with_widths(stock_class(config), width_layout), {}
         loaded = loader.from_pretrained(  # type: ignore[attr-defined]
             source.location,
@@ -101,11 +103,28 @@ def load_model(source: Source, dtype: DType = "auto", attn_implementation: str |
             output_loading_info=True,
             **trust,
         )
+    except UsageError:
+        raise
     except Exception as error:  # a broken file ends in any of them: SafetensorError, KeyError, struct.error, …
         raise _unreadable(source, "model", error) from error
     model = _complete(loaded, source.pretrained)
     model.config._name_or_path = source.pretrained
     return model
+
+
+def _check_widths(config: "PreTrainedConfig", name: str) -> None:
+    """Refuses widths that nothing can be built from, before anything is."""
+    widths, layers = config.layer_widths, config_layers(config)
+    good = isinstance(widths, list) and len(widths) == layers
+    for width in widths if good else ():
+        known = isinstance(width, dict) and set(width) <= {"attention", "mlp", "attention_bias", "mlp_bias"}
+        units = [width.get(group, 0) for group in ("attention", "mlp")] if known else [-1]
+        good = good and known and all(type(value) is int and 0 <= value < 2**24 for value in units)
+    if not good:
+        raise UsageError(
+            f"layer_widths in the config of {name} is not a list of {layers} entries such as "
+            '{"attention": 2, "mlp": 1024}, one for each decoder layer. Get the checkpoint as slm_pl exported it.'
+        )
 
 
 def stock_class(config: "PreTrainedConfig") -> "type[PreTrainedModel]":

@@ -163,6 +163,8 @@ class CausalLM(pl.LightningModule):
             lora_dropout=self.lora.dropout,
             target_modules=targets,
             task_type="CAUSAL_LM",
+            # What a layer lost whole has nothing to adapt.
+            exclude_modules=_without_entries(model) or None,
         )
         # Adapters are kept in fp32, where small updates are not rounded away, unless the run is in 16 bit as a whole:
         # an adapter in fp32 among 16-bit parameters would stop DeepSpeed.
@@ -292,7 +294,7 @@ class CausalLM(pl.LightningModule):
                 num_layers=num_layers(model),
                 num_parameters=count_parameters(model),
                 plan_sha256=self.plans[-1].sha256 if self.plans else None,
-                requested_ratio=_requested_ratio(self.plans),
+                requested_ratio=self.plans[0].requested_ratio if len(self.plans) == 1 else None,
             ),
             environment=Environment.collect(self.device, str(model.dtype).removeprefix("torch.")),
         )
@@ -311,10 +313,10 @@ class CausalLM(pl.LightningModule):
             rank_zero_info(f"Results: {path}")
 
 
-def _requested_ratio(plans: list[Plan]) -> float | None:
-    """The share of all parameters that a model's only plan was to remove."""
-    ratio = plans[0].method.init_args.get("ratio") if len(plans) == 1 else None
-    return ratio if isinstance(ratio, float) else None
+def _without_entries(model: torch.nn.Module) -> list[str]:
+    """Names of the linear maps that have no inputs or no outputs left."""
+    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    return [name for name, module in linear if module.weight.numel() == 0]
 
 
 def may_overwrite(trainer: pl.Trainer) -> bool:

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub, which reads it once; children inherit it
 # Where the code of a checkpoint is copied to before it runs: not into the user's cache.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
 

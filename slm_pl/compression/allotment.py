@@ -45,6 +45,25 @@ def wanted_parameters(model: "PreTrainedModel", ratio: float, units: Units, leas
     return wanted
 
 
+def check_met(units: Units, kept: Mapping[Key, list[int]], wanted: int) -> None:
+    """Refuses a choice that misses its target by more than a unit, because structures keep what they may not lose.
+
+    Args:
+        units: The structures.
+        kept: The units that stay.
+        wanted: Parameters that were to go.
+
+    Raises:
+        UsageError: If it does.
+    """
+    removed = cost(units, {key: structure.units - len(kept[key]) for key, structure in units.items()})
+    if abs(removed - wanted) > max(structure.unit_parameters for structure in units.values()):
+        raise UsageError(
+            f"{wanted:,} parameters are to go, but without emptying a layer's attention or MLP these settings remove "
+            f"{removed:,}. Ask for less, or let more layers be pruned."
+        )
+
+
 def cost(units: Units, counts: Mapping[Key, int]) -> int:
     """Parameters of so many units."""
     return sum(units[key].unit_parameters * count for key, count in counts.items())
@@ -127,28 +146,24 @@ def same_width(
         there = found[0].units
         possible[group] = [count for count in range(there - least + 1) if not count or takes(group, there - count)]
 
-    def nearest(group: Group, count: float) -> int:
-        return min(possible[group], key=lambda one: abs(one - count))
+    sizes = {group: sum(structure.unit_parameters for structure in found) for group, found in groups.items()}
 
-    def each(share: float) -> dict[Group, int]:
-        return {group: nearest(group, share * found[0].units) for group, found in groups.items()}
+    def nearest(group: Group, parameters: int) -> int:
+        return min(possible[group], key=lambda count: abs(parameters - count * sizes[group]))
 
-    def spread(counts: dict[Group, int]) -> Counts:
-        return {key: counts[key[1]] for key in units}
+    choices: list[dict[Group, int]] = [{group: nearest(group, wanted)} for group in groups]
+    if len(groups) == 2:
+        heads = possible["attention"]
+        choices = [{"attention": count, "mlp": nearest("mlp", wanted - count * sizes["attention"])} for count in heads]
 
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if cost(units, spread(each(middle))) <= wanted:
-            low = middle
-        else:
-            high = middle
-    counts = each(low)
-    # Channels first; where they do not suffice, heads, and then channels make up for the last of these.
-    for group in [group for group in ("mlp", "attention", "mlp") if group in groups]:
-        size = sum(structure.unit_parameters for structure in groups[group])
-        counts[group] = nearest(group, counts[group] + (wanted - cost(units, spread(counts))) / size)
-    return spread(counts)
+    def miss(counts: dict[Group, int]) -> tuple[float, float]:
+        """By how much it misses, beyond half of the smallest step, and how unequal the shares of both groups are."""
+        off = abs(wanted - sum(count * sizes[group] for group, count in counts.items()))
+        shares = [count / groups[group][0].units for group, count in counts.items()]
+        return max(0.0, off - min(sizes.values()) / 2), max(shares) - min(shares)
+
+    counts = min(choices, key=miss)
+    return {key: counts[key[1]] for key in units}
 
 
 def published_share(units: Units, ratio: float) -> Counts:

@@ -151,7 +151,12 @@ def _looks_like(model: nn.Module) -> str:
 
 def num_layers(model: "PreTrainedModel") -> int:
     """How many decoder layers a model has; also of one that cannot be compressed."""
-    return int(model.config.get_text_config().num_hidden_layers)
+    return config_layers(model.config)
+
+
+def config_layers(config: "PreTrainedConfig") -> int:
+    """How many decoder layers a config asks for."""
+    return int(config.get_text_config().num_hidden_layers)
 
 
 def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:

@@ -120,7 +120,7 @@ class InputStatistics:
         wide = tokens.double()
         own.tokens += len(tokens)
         own.total += wide.sum(0)
-        own.squares += wide.square_().sum(0)
+        own.squares += wide.square().sum(0)  # not in place: of a float64 model these are its own activations
         if own.published is not None:
             for sample in tokens.view(samples, -1, tokens.shape[-1]):
                 own.published.add(sample)

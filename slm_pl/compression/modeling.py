@@ -45,7 +45,7 @@ class EmptyAttention(nn.Module):
         if cache is not None:
             counted = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(counted, counted, self.layer_idx)
-        return getattr(self, self.output)(hidden_states[..., :0]), None
+        return _constant(getattr(self, self.output).bias, hidden_states), None
 
 
 class EmptyMLP(nn.Module):
@@ -58,8 +58,13 @@ class EmptyMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """Gives the bias for every token; added to the residual where the model leaves that to its MLP."""
-        output = getattr(self, self.output)(hidden_states[..., :0])
+        output = _constant(getattr(self, self.output).bias, hidden_states)
         return output if residual is None else residual + output
+
+
+def _constant(bias: Tensor | None, hidden_states: Tensor) -> Tensor:
+    """What a map without inputs gives."""
+    return (hidden_states.new_zeros(1) if bias is None else bias).expand(hidden_states.shape)
 
 
 class OwnHeads:
@@ -155,8 +160,9 @@ def with_widths(stock: type, layout_of: Callable[[Any], Layout] | None = None) -
 
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            layout = config.width_layout if layout_of is None else layout_of(self)
-            shape_layers(self, layout, config.layer_widths)
+            if layout_of is not None:
+                config.width_layout = layout_of(self)
+            shape_layers(self, config.width_layout, config.layer_widths)
 
     Pruned.__name__ = Pruned.__qualname__ = f"Pruned{stock.__name__}"
     return Pruned

@@ -188,6 +188,12 @@ class Plan:
         """Identity of the plan: the hash of its text."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    @property
+    def requested_ratio(self) -> float | None:
+        """The share of all parameters that was to be removed; None if the target was another one."""
+        ratio = self.outcome.get("requested_ratio", self.method.init_args.get("ratio"))
+        return ratio if isinstance(ratio, float) else None
+
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Plan":
         """The same plan with the tensors that its steps name."""
         return replace(self, tensors=dict(tensors), tensors_sha256=tensors_fingerprint(tensors) if tensors else None)

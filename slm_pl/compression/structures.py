@@ -253,13 +253,9 @@ def hidden_channel_parameters(model: "PreTrainedModel") -> tuple[int, int, int]:
     The kernels that run experts want rows of a multiple of 16 bytes, some configs a multiple of the number of heads.
 
     Raises:
-        UsageError: If the config cannot say the size of a head beside that of the hidden state.
+        UsageError: As :func:`check_hidden`.
     """
-    if not architecture_of(model).own_head_dim:
-        raise UsageError(
-            f"The hidden state of a {model.config.model_type} model cannot be made narrower, because its config "
-            "derives the size of a head from it. Remove heads and MLP channels."
-        )
+    check_hidden(model)
     channels = hidden_size(model)
     parameters = dict(model.named_parameters())
     total = sum(parameters[name].numel() for name in hidden_axes(model))
@@ -267,6 +263,19 @@ def hidden_channel_parameters(model: "PreTrainedModel") -> tuple[int, int, int]:
     if not accepts(model, channels=channels - step):
         step = math.lcm(step, model.config.num_attention_heads)
     return channels, total // channels, step
+
+
+def check_hidden(model: "PreTrainedModel") -> None:
+    """Refuses to make the hidden state narrower where that cannot be said.
+
+    Raises:
+        UsageError: If the config cannot say the size of a head beside that of the hidden state.
+    """
+    if not architecture_of(model).own_head_dim:
+        raise UsageError(
+            f"The hidden state of a {model.config.model_type} model cannot be made narrower, because its config "
+            "derives the size of a head from it. Remove heads and MLP channels."
+        )
 
 
 @contextlib.contextmanager

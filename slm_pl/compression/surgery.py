@@ -47,8 +47,8 @@ from slm_pl.compression.plan import (
     Plan,
 )
 from slm_pl.compression.structures import (
+    check_hidden,
     hidden_axes,
-    hidden_channel_parameters,
     layer_width,
     structure,
     weight_of,
@@ -205,8 +205,6 @@ def check_consolidation(
         {name: p.shape for name, p in layer.named_parameters() if mixed[name not in projections]}
         for layer in decoder_layers(model)
     ]
-    if architecture.experts:
-        return  # whose layers may be of two kinds, and keep their widths
     for layer, found in enumerate(shapes):
         differing = sorted(name for name in {**found, **shapes[0]} if found.get(name) != shapes[0].get(name))
         if differing:
@@ -245,7 +243,8 @@ def check(model: "PreTrainedModel", plan: Plan) -> None:
                 raise UsageError(
                     "The plan makes the hidden state narrower among other steps. Make it a plan of its own."
                 )
-            _check_indices(step.indices, hidden_channel_parameters(model)[0], "the hidden state")
+            check_hidden(model)
+            _check_indices(step.indices, hidden_size(model), "the hidden state")
             if not step.indices or not accepts(model, channels=len(step.indices)):
                 raise UsageError(
                     f"The plan keeps {len(step.indices)} channels of the hidden state, which the config of a "
@@ -286,10 +285,15 @@ def _check_channels(model: "PreTrainedModel", plan: Plan, step: KeepChannels) ->
     _check_indices(step.indices, units.units, f"{step.group} of layer {step.layer}")
     if step.bias is not None:
         bias = plan.tensors.get(step.bias)
-        if bias is None or bias.shape != (hidden_size(model),) or not torch.isfinite(bias).all():
+        if bias is not None and bias.shape == (hidden_size(model),) and not torch.isfinite(bias.to(model.dtype)).all():
+            raise UsageError(
+                f"The bias that {step.group} of layer {step.layer} is to get holds numbers that are not finite in "
+                f"{model.dtype}. Load the model with --model.dtype bfloat16 or float32, or set bias_compensation false."
+            )
+        if bias is None or bias.shape != (hidden_size(model),):
             got = "it is missing" if bias is None else f"its shape is {tuple(bias.shape)}"
             raise UsageError(
-                f"The plan adds the tensor {step.bias!r} to a bias; {got}, needed are {hidden_size(model)} finite "
+                f"The plan adds the tensor {step.bias!r} to a bias; {got}, needed are {hidden_size(model)} "
                 "numbers. Keep the plan's .tensors.safetensors file beside it."
             )
 
@@ -317,12 +321,12 @@ def apply(model: "PreTrainedModel", plan: Plan) -> None:
     layers = list(decoder_layers(model))
     kept: dict[int, nn.Module] = dict(enumerate(layers))
     narrow = [step for step in plan.steps if isinstance(step, KeepChannels)]
-    if narrow:
-        # Before anything changes: it describes layers as the stock class makes them.
-        layout = getattr(model.config, "width_layout", None) or width_layout(model)
-        for narrowed in narrow:
-            _keep_channels(model, narrowed, layout, plan.tensors)
-        _say_widths(model, layout)
+    layout: Layout | None = getattr(model.config, "width_layout", None)
+    if narrow and layout is None:
+        layout = width_layout(model)  # before anything changes: it describes layers as the stock class makes them
+    for narrowed in narrow:
+        assert layout is not None
+        _keep_channels(model, narrowed, layout, plan.tensors)
     for step in plan.steps:
         if isinstance(step, KeepHidden):
             _keep_hidden(model, step.indices)
@@ -337,6 +341,8 @@ def apply(model: "PreTrainedModel", plan: Plan) -> None:
                 del kept[layer]
     origins = sorted(kept)
     set_decoder_layers(model, [kept[index] for index in origins], origins)
+    if layout is not None:
+        _say_widths(model, layout)  # layers that differed may be gone
 
 
 @torch.no_grad()

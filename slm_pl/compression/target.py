@@ -26,6 +26,8 @@ def check_target(method: str, plan_path: str | None, controls: Mapping[str, floa
     given = [f"{name}={value}" for name, value in controls.items() if value is not None]
     if len(given) > 1 or (not given and plan_path is None):
         *first, last = controls
+        if not first:
+            raise UsageError(f"{method} got no {last}; give {last} (or plan_path).")
         got = " and ".join(given) or f"none of {', '.join(first)} and {last}"
         raise UsageError(f"{method} got {got}; give exactly one of {', '.join(controls)} (or plan_path).")
     remove_layers, ratio = controls.get("remove_layers"), controls.get("ratio")

@@ -74,7 +74,7 @@ class Examples:
 def complete(
     model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", prompt: str, max_new_tokens: int
 ) -> str:
-    """Completes a prompt greedily, also where the checkpoint's own generation settings ask for something else.
+    """Completes a prompt greedily, also where the checkpoint's own settings ask for sampling, beams or penalties.
 
     Args:
         model: The model, on whatever device it is.

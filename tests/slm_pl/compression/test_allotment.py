@@ -115,10 +115,13 @@ def test_same_width_is_one_width_exact_to_a_unit_of_each(seed):
         if keys:
             assert len({counts[key] for key in keys}) == 1
             sizes[group] = sum(units[key].unit_parameters for key in keys)
-    # Half a channel of every layer, unless all channels are gone; then half a head of every layer.
-    key = by_layer(units, "mlp")[0]
-    channels_left = counts[key] < units[key].units - least
-    assert 2 * abs(off) <= sizes["mlp" if channels_left else "attention" if "attention" in sizes else "mlp"]
+    # Within half a channel of every layer where any number of heads and channels is, else as near as any.
+    tries = [range(units[by_layer(units, group)[0]].units - least + 1) for group in sizes]
+    nearest = min(
+        abs(wanted - sum(count * size for count, size in zip(some, sizes.values(), strict=True)))
+        for some in itertools.product(*tries)
+    )
+    assert abs(off) <= max(nearest, min(sizes.values()) / 2)
 
 
 @pytest.mark.parametrize("wanted", range(0, 5 * 1500, 137))

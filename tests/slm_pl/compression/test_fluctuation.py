@@ -222,3 +222,15 @@ def test_two_processes_measure_what_one_does(tmp_path):
             assert torch.equal(squares, ranks[1][key][2])
             assert_close(total, together.sum(0), rtol=1e-5)
             assert_close(squares, (together**2).sum(0), rtol=1e-5)
+
+
+def test_the_model_is_only_looked_at():
+    """In float64 a cast copies nothing: what is read are the activations themselves."""
+    model = pico_model().double()
+    seen, undisturbed = [], []
+    model.model.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        input_statistics(model, [SAMPLES], structures(model, range(6)))
+        model.model(input_ids=SAMPLES, use_cache=False)
+    undisturbed = seen.pop()
+    assert torch.equal(seen.pop(), undisturbed)

@@ -474,7 +474,7 @@ def test_equally_narrow_layers_can_be_mixed(tmp_path):
         ("llama", (KeepChannels(0, "mlp", (4,)), KeepChannels(1, "mlp", (4,), "c")), "'c' to a bias; it is missing"),
         ("llama", (KeepChannels(1, "mlp", (4,), "short"),), r"'short' to a bias; its shape is \(31,\), needed are 32"),
         ("llama", (KeepChannels(1, "mlp", (4,), "flat"),), r"'flat' to a bias; its shape is \(1, 32\)"),
-        ("llama", (KeepChannels(1, "mlp", (4,), "nan"),), "needed are 32 finite numbers"),
+        ("llama", (KeepChannels(1, "mlp", (4,), "nan"),), "numbers that are not finite in torch.float32"),
         ("llama", (KeepHidden((0, 1)), KeepChannels(1, "mlp", (4,))), "Make it a plan of its own"),
         ("llama", (KeepHidden(()),), "keeps 0 channels of the hidden state"),
         ("llama", (KeepHidden((3, 32)),), r"the hidden state, which has 32; .*0\.\.31"),
@@ -528,3 +528,78 @@ def test_biases_of_several_plans_add_up(tmp_path):
             assert_near(logits(model), logits(by_hand))
     assert single.config.layer_widths[1] == {"attention": 2, "mlp": 48, "mlp_bias": True}
     assert_reloads(single, plans, tmp_path / "export")
+
+
+def test_layers_that_become_equal_by_what_goes_are_stock_again(tmp_path):
+    model = pico_model()
+    first = apply(model, *(KeepChannels(layer, "mlp", tuple(range(40))) for layer in (2, 3, 4, 5)))
+    assert [mlp for _, mlp in widths_of(model)] == [48, 48, 40, 40, 40, 40]
+    assert model.config.layer_widths[0] == {"attention": 2, "mlp": 48}
+    second = apply(model, DropLayers((0, 1)))
+    assert model.config.intermediate_size == 40
+    assert not hasattr(model.config, "layer_widths")
+    assert not hasattr(model.config, "width_layout")
+    save_compressed(model, pico_tokenizer(), tmp_path / "export", [first, second], recovered=False)
+    assert not (tmp_path / "export" / "modeling_pruned.py").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+def test_a_bias_that_half_precision_cannot_hold_is_refused():
+    model = pico_model().half()
+    with pytest.raises(UsageError, match="numbers that are not finite in torch.float16.*bfloat16"):
+        apply(model, KeepChannels(1, "mlp", tuple(range(40)), "b"), b=torch.full((32,), 1e5))
+    assert [mlp for _, mlp in widths_of(model)] == [48] * 6
+    assert all(layer.mlp.down_proj.bias is None for layer in decoder_layers(model))
+
+
+def test_a_bias_that_one_layer_has_is_not_lost_where_layers_with_experts_are_merged():
+    model = pico_model("qwen3_moe")
+    apply(model, KeepChannels(3, "attention", (1,), "b"), b=torch.arange(32.0))
+    for other in ("bottom", "mean"):
+        with pytest.raises(UsageError, match=r"layers 0 and 3 .*differ in width \(self_attn.o_proj.bias: none and"):
+            surgery.check_consolidation(model, "keep_top", other)
+    surgery.check_consolidation(model, "keep_top", "top")
+
+
+def test_what_a_strangers_config_says_of_the_layout_is_not_used(tmp_path):
+    import json
+
+    model = pico_model()
+    plan = apply(model, KeepChannels(2, "mlp", tuple(range(40))))
+    path = save_compressed(model, pico_tokenizer(), tmp_path / "export", [plan], recovered=False)
+    config = json.loads((path / "config.json").read_text())
+    right = config["width_layout"]
+    config["width_layout"] = {"layers": "model.layers", "mlp": {**right["mlp"], "units": 7, "in": {"mlp.up_proj": 1}}}
+    (path / "config.json").write_text(json.dumps(config))
+    loaded, _, _ = load_compressed(path)
+    assert loaded.config.width_layout == right
+    apply(loaded, KeepChannels(4, "attention", (0,)))
+    assert widths_of(loaded)[4] == (16, 48)
+
+
+@pytest.mark.parametrize(
+    "widths",
+    ["wide", [{"mlp": 40}], [{"mlp": -1}] * 6, [{"mlp": 40.0}] * 6, [{"mlp": 2**40}] * 6, [[40]] * 6, [{"x": 1}] * 6],
+)
+def test_widths_of_which_no_model_can_be_made_are_refused(widths, tmp_path):
+    import json
+
+    model = pico_model()
+    plan = apply(model, KeepChannels(2, "mlp", tuple(range(40))))
+    path = save_compressed(model, pico_tokenizer(), tmp_path / "export", [plan], recovered=False)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "layer_widths": widths}))
+    with pytest.raises(UsageError, match="layer_widths .*is not a list of 6 entries such as"):
+        load_compressed(path)
+
+
+def test_a_config_with_a_null_in_that_place_is_an_ordinary_one(tmp_path):
+    import json
+
+    model = pico_model()
+    path = save_compressed(model, pico_tokenizer(), tmp_path / "export", [], recovered=False)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "layer_widths": None}))
+    loaded, _, _ = load_compressed(path)
+    assert torch.equal(logits(loaded.eval()), logits(model))
