@@ -189,7 +189,8 @@ def test_quickstart_of_each_width_method_runs_from_yaml_alone(name, pico_dir, tm
     assert (results["label"], results["num_layers"]) == (name, 6 - 3 * (len(methods) == 2))
     ratio = next(one["init_args"]["ratio"] for one in methods if "ratio" in one["init_args"])
     (width,) = (plan for plan in plans if "ratio" in plan["outcome"])
-    assert width["outcome"]["ratio"] == pytest.approx(ratio, abs=0.02)
+    # A KV group is 2 % of this model; of its 32 hidden channels four have to go at a time, as it has four heads.
+    assert width["outcome"]["ratio"] == pytest.approx(ratio, abs=0.02 if "channel" not in name else 4 / 32 / 2)
     assert width["outcome"]["requested_ratio"] == ratio
     assert results["requested_ratio"] == (ratio if len(methods) == 1 else None)
     drawn = {path.name for path in (tmp_path / name).glob("*.png")}

@@ -134,7 +134,7 @@ def scored(name: str, run: Path, method: dict) -> dict:
 
 @pytest.mark.shared
 @needs_shared
-@pytest.mark.parametrize("criterion", ["taylor", "magnitude", "perplexity"])
+@pytest.mark.parametrize("criterion", ["taylor", "magnitude", pytest.param("perplexity", marks=pytest.mark.long)])
 def test_shortened_llama_repeats_the_published_program(criterion, tmp_path):
     golden = golden_of("shortened_ppl" if criterion == "perplexity" else f"shortened_{criterion}")
     method = {"class_path": "callbacks.ShortenedLLaMA", "init_args": {"criterion": criterion, "remove_layers": 6}}
