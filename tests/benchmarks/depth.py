@@ -33,7 +33,19 @@ from slm_pl.console import progress
 from slm_pl.data import CalibrationSet, CalibrationText, load_calibration
 from slm_pl.errors import UsageError
 from slm_pl.loading import load_model, load_tokenizer, resolve
-from tests.benchmarks.search import MB, MODEL, QUIET, Check, Memory, Stopwatch, console, environment, memory_of, percent
+from tests.benchmarks.search import (
+    MB,
+    MODEL,
+    QUIET,
+    Check,
+    Memory,
+    Stopwatch,
+    console,
+    environment,
+    finish,
+    memory_of,
+    percent,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -276,12 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         console.print(f"error: {error}", markup=False)
         return 2
-    for check in checks:
-        verdict = "[green]PASS[/]" if check.passed else "[red]FAIL[/]"
-        console.print(f"{verdict} {check.name}: {check.value} (limit: {check.limit})", soft_wrap=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps({**figures, "checks": [asdict(c) for c in checks]}, indent=2) + "\n")
-    return 0 if all(check.passed for check in checks) else 1
+    return finish(checks, figures, options.json)
 
 
 if __name__ == "__main__":

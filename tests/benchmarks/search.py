@@ -561,6 +561,18 @@ def run(settings: Settings, repeats: int) -> tuple[list[Check], dict[str, object
     return checks, figures
 
 
+def finish(checks: Sequence[Check], figures: dict[str, object], path: Path | None) -> int:
+    """Tells how the checks ended, writes all figures if asked to, and gives the exit code: 1 if a check failed."""
+    for check in checks:
+        verdict = "[green]PASS[/]" if check.passed else "[red]FAIL[/]"
+        console.print(f"{verdict} {check.name}: {check.value} (limit: {check.limit})", soft_wrap=True)
+    if path is not None:
+        content = {**figures, "checks": [asdict(check) for check in checks]}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        console.print(f"All figures: {path}", markup=False, soft_wrap=True)
+    return 0 if all(check.passed for check in checks) else 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark from the command line.
 
@@ -597,13 +609,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         console.print(f"error: {error}", markup=False)
         return 2
-    for check in checks:
-        verdict = "[green]PASS[/]" if check.passed else "[red]FAIL[/]"
-        console.print(f"{verdict} {check.name}: {check.value} (limit: {check.limit})", soft_wrap=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        console.print(f"All figures: {options.json}", markup=False, soft_wrap=True)
-    return 0 if all(check.passed for check in checks) else 1
+    return finish(checks, figures, options.json)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,10 @@ Every figure is the median of several runs, the things compared taking turns.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +35,7 @@ from slm_pl.data import CalibrationSet, CalibrationText, load_calibration
 from slm_pl.evaluation.representation import representation_similarity
 from slm_pl.loading import load_model, load_tokenizer, resolve
 from slm_pl.memory import TensorBytes
-from tests.benchmarks.search import MODEL, Check, console, environment
+from tests.benchmarks.search import MODEL, Check, console, environment, finish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,13 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compared, compared_figures = comparison(max(options.repeats, 3))
     searched, searched_figures = searches(options.repeats)
     checks = [*searched, *compared]
-    for check in checks:
-        verdict = "[green]PASS[/]" if check.passed else "[red]FAIL[/]"
-        console.print(f"{verdict} {check.name}: {check.value} (limit: {check.limit})", soft_wrap=True)
-    if options.json is not None:
-        figures = {"environment": environment(), "searches": searched_figures, "comparison": compared_figures}
-        options.json.write_text(json.dumps({**figures, "checks": [asdict(c) for c in checks]}, indent=2) + "\n")
-    return 0 if all(check.passed for check in checks) else 1
+    figures = {"environment": environment(), "searches": searched_figures, "comparison": compared_figures}
+    return finish(checks, figures, options.json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ On SmolLM2-135M in float32:
 """
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import sys
@@ -36,7 +35,19 @@ from slm_pl.data import CalibrationSet
 from slm_pl.errors import UsageError
 from slm_pl.loading import load_model, resolve
 from tests.benchmarks.depth import load
-from tests.benchmarks.search import MB, MODEL, QUIET, Check, Memory, Stopwatch, console, environment, memory_of, percent
+from tests.benchmarks.search import (
+    MB,
+    MODEL,
+    QUIET,
+    Check,
+    Memory,
+    Stopwatch,
+    console,
+    environment,
+    finish,
+    memory_of,
+    percent,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -286,12 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         console.print(f"error: {error}", markup=False)
         return 2
-    for check in checks:
-        verdict = "[green]PASS[/]" if check.passed else "[red]FAIL[/]"
-        console.print(f"{verdict} {check.name}: {check.value} (limit: {check.limit})", soft_wrap=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps({**figures, "checks": [asdict(c) for c in checks]}, indent=2) + "\n")
-    return 0 if all(check.passed for check in checks) else 1
+    return finish(checks, figures, options.json)
 
 
 if __name__ == "__main__":
