@@ -6,12 +6,20 @@ import torch
 from torch import Tensor
 
 from callbacks.base import CompressionCallback
-from slm_pl.compression.allotment import check_met, cost, equal_share, lowest, lowest_in_each, wanted_parameters
-from slm_pl.compression.architecture import GROUPS, decoder_layers, num_layers
+from slm_pl.compression.allotment import (
+    check_met,
+    cost,
+    equal_share,
+    lowest,
+    lowest_in_each,
+    removed_parameters,
+    wanted_parameters,
+)
+from slm_pl.compression.architecture import GROUPS, decoder_layers, hidden_size, num_layers
 from slm_pl.compression.calibration import distributed
-from slm_pl.compression.fluctuation import ChannelStatistics, input_statistics
+from slm_pl.compression.fluctuation import ChannelStatistics, input_statistics, weighted_norm
 from slm_pl.compression.plan import JSONValue, Plan
-from slm_pl.compression.structures import Key, Structure, structures
+from slm_pl.compression.structures import Key, Structure, structures, weight_of
 from slm_pl.compression.target import check_target
 from slm_pl.compression.unit_scores import Scores
 from slm_pl.compression.width_plans import achieved, kept_steps, kept_trace
@@ -114,10 +122,10 @@ class FLAP(CompressionCallback):
         kept = self._published(units, scores) if self.as_published else self._choose(model, units, scores)
         tensors = self._biases(model, units, kept, found) if self.bias_compensation else {}
         names = {key: name for key in units if (name := _bias_name(key)) in tensors}
-        added = self._bias_parameters(model, units, kept)
+        removed = removed_parameters(units, kept) - self._bias_parameters(model, units, kept)
         outcome: dict[str, JSONValue] = {
             "score": f"{self.metric}, {'standardised' if self.structure.startswith('AL') else 'as measured'}",
-            **achieved(model, units, kept, None if self.as_published else self.ratio, added),
+            **achieved(model, removed, None if self.as_published else self.ratio),
         }
         plan = self.make_plan(
             model,
@@ -130,7 +138,7 @@ class FLAP(CompressionCallback):
 
     def _unit_metric(self, model: "PreTrainedModel", own: Structure, key: Key, found: ChannelStatistics) -> Tensor:
         """What each unit is worth, ``[units]``."""
-        weight = _output(decoder_layers(model), {key: own}, key).weight.detach()
+        weight = weight_of(decoder_layers(model)[key[0]], own.output.path).detach()
         metric = self._channel_metric(weight, found)
         if self.as_published and key[1] == "attention":
             metric = metric.square()
@@ -145,7 +153,7 @@ class FLAP(CompressionCallback):
     def _channel_metric(self, weight: Tensor, found: ChannelStatistics) -> Tensor:
         """What each channel is worth, ``[channels]``."""
         if self.metric == "WIFN":
-            return weight.abs().double().mean(0) * found.norm
+            return weighted_norm(weight, found)
         fluctuation = found.variance if found.published is None else found.published.fluctuation
         if self.metric == "IFV":
             return fluctuation
@@ -184,8 +192,8 @@ class FLAP(CompressionCallback):
                 f"attention_ratio is {share}, but without emptying a layer's attention at most {most_share:.2g} of its "
                 "units can go. Give less, or allow_empty: true."
             )
-        together = self.structure.endswith("UM") or self.structure == "AL-AM" or not (attention and rest)
-        if together or (share is None and not adaptive):
+        apart = self.structure.endswith("MM") and attention and rest
+        if not apart or (share is None and not adaptive):
             if adaptive:
                 return lowest(units, scores, wanted, least)
             return lowest_in_each(scores, equal_share(units, wanted, least))
@@ -203,7 +211,7 @@ class FLAP(CompressionCallback):
             assert share is not None
             counts = {key: min(round(share * own.units), own.units - least) for key, own in attention.items()}
             kept = lowest_in_each({key: scores[key] for key in attention}, counts)
-        remaining = wanted - cost(attention, {key: own.units - len(kept[key]) for key, own in attention.items()})
+        remaining = wanted - removed_parameters(attention, kept)
         most = cost(rest, {key: own.units - least for key, own in rest.items()})
         if not 0 <= remaining <= most:
             raise UsageError(
@@ -219,8 +227,9 @@ class FLAP(CompressionCallback):
         if not self.bias_compensation:
             return 0
         narrow = [key for key in units if len(kept[key]) < units[key].units]
-        outputs = [_output(decoder_layers(model), units, key) for key in narrow]
-        return sum(module.weight.shape[0] for module in outputs if module.bias is None)
+        layers = decoder_layers(model)
+        without = [key for key in narrow if layers[key[0]].get_submodule(units[key].output.path).bias is None]
+        return len(without) * hidden_size(model)
 
     def _published(self, units: Units, scores: Scores) -> Kept:
         """The threshold of the authors' program."""
@@ -251,7 +260,7 @@ class FLAP(CompressionCallback):
         for key, own in units.items():
             if len(kept[key]) == own.units:
                 continue
-            weight = _output(decoder_layers(model), units, key).weight.detach().double()
+            weight = weight_of(decoder_layers(model)[key[0]], own.output.path).detach().double()
             statistics = found[key]
             mean = statistics.mean if statistics.published is None else statistics.published.mean.half()
             gone = torch.ones(weight.shape[1], dtype=torch.bool)
@@ -263,9 +272,3 @@ class FLAP(CompressionCallback):
 
 def _bias_name(key: Key) -> str:
     return f"layers.{key[0]}.{key[1]}.bias"
-
-
-def _output(layers: torch.nn.ModuleList, units: Units, key: Key) -> torch.nn.Linear:
-    module = layers[key[0]].get_submodule(units[key].output.path)
-    assert isinstance(module, torch.nn.Linear)
-    return module

@@ -1,6 +1,7 @@
 """LLM-Pruner: structural pruning of coupled structures by their gradients (arXiv 2305.11627)."""
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,6 +17,7 @@ from slm_pl.compression.allotment import (
     lowest,
     lowest_in_each,
     published_share,
+    removed_parameters,
     same_width,
     wanted_parameters,
 )
@@ -167,20 +169,20 @@ class LLMPruner(CompressionCallback):
         for step in range(1, self.iterative_steps + 1):
             with masked(model, units, kept):
                 scores = self._estimate(model, calibration, units, step)
-            gone = {key: units[key].units - len(left) for key, left in kept.items()}
             last = kept
             if self.global_ranking:
                 each = {key: values / units[key].unit_parameters for key, values in scores.items()}
-                target = round(wanted * step / self.iterative_steps) - cost(units, gone)
+                target = round(wanted * step / self.iterative_steps) - removed_parameters(units, kept)
                 kept = lowest(units, each, target, kept=kept)
             else:
-                now = {key: count * step // self.iterative_steps - gone[key] for key, count in counts.items()}
+                gone = {key: count * step // self.iterative_steps for key, count in counts.items()}
+                now = {key: count - (units[key].units - len(kept[key])) for key, count in gone.items()}
                 kept = lowest_in_each(scores, now, kept)
         if self.importance == "random":
             outcome["seed"] = calibration.text.seed
         if self.global_ranking:
             check_met(units, kept, wanted)
-        outcome |= achieved(model, units, kept, self.ratio)
+        outcome |= achieved(model, removed_parameters(units, kept), self.ratio)
         steps = kept_steps(units, kept)
         return self.make_plan(model, calibration, [*steps], kept_trace(units, scores, kept, last), outcome)
 
@@ -272,13 +274,20 @@ class LLMPruner(CompressionCallback):
             generator = torch.Generator().manual_seed(calibration.text.seed + step)
             return {key: torch.rand(s.units, generator=generator, dtype=torch.float64) for key, s in units.items()}
         found = UnitScores(units, self.grouping, self.as_published)
-        self._visit(model, calibration, found)
+        self._visit(model, calibration, found, sorted({layer for layer, _ in units}))
         return found.scores()
 
-    def _visit(self, model: "PreTrainedModel", calibration: CalibrationSet, found: UnitScores | HiddenScores) -> None:
-        with progress("Estimating importance", num_layers(model)) as advance:
+    def _visit(
+        self,
+        model: "PreTrainedModel",
+        calibration: CalibrationSet,
+        found: UnitScores | HiddenScores,
+        layers: Sequence[int],
+    ) -> None:
+        steps = len(layers) if self.importance == "magnitude" else num_layers(model)
+        with progress("Estimating importance", steps) as advance:
             if self.importance == "magnitude":
-                weigh(model, range(num_layers(model)), found.add)
+                weigh(model, layers, found.add, advance)
             else:
                 differentiate(model, list(calibration), self.taylor, found.add, advance)
 
@@ -305,15 +314,10 @@ class LLMPruner(CompressionCallback):
             scores: Tensor = torch.rand(channels, generator=generator, dtype=torch.float64)
         else:
             found = HiddenScores(model, self.grouping)
-            self._visit(model, calibration, found)
+            self._visit(model, calibration, found, range(num_layers(model)))
             scores = found.scores()
         kept = tuple(sorted(scores.argsort(stable=True)[gone:].tolist()))
-        removed = gone * each
-        outcome |= {
-            "requested_ratio": self.ratio,
-            "ratio": removed / count_parameters(model),
-            "removed_parameters": removed,
-        }
+        outcome |= achieved(model, gone * each, self.ratio)
         row: dict[str, JSONValue] = {"group": "hidden", "units": channels, "kept": len(kept), "scores": rounded(scores)}
         return self.make_plan(model, calibration, [KeepHidden(kept)], [row], outcome)
 

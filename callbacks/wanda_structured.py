@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from callbacks.base import CompressionCallback
-from slm_pl.compression.allotment import equal_share, lowest_in_each, wanted_parameters
+from slm_pl.compression.allotment import equal_share, lowest_in_each, removed_parameters, wanted_parameters
 from slm_pl.compression.architecture import decoder_layers, num_layers
 from slm_pl.compression.calibration import Arguments, capture, run_layers
-from slm_pl.compression.fluctuation import InputStatistics, check_finite, watch
+from slm_pl.compression.fluctuation import InputStatistics, check_finite, watch, weighted_norm
 from slm_pl.compression.plan import JSONValue, Plan
 from slm_pl.compression.structures import Key, masked, structures, weight_of
 from slm_pl.compression.target import check_target
@@ -82,8 +82,7 @@ class WandaStructured(CompressionCallback):
                 check_finite(found)
                 for key, own in here.items():
                     weight = weight_of(layers[index], own.output.path).detach()
-                    metric = weight.abs().double().mean(0) * found[key].norm
-                    scores[key] = own.output.of_units(metric, own.units).sum(1).cpu()
+                    scores[key] = own.output.of_units(weighted_norm(weight, found[key]), own.units).sum(1).cpu()
                 kept |= lowest_in_each({key: scores[key] for key in here}, {key: counts[key] for key in here})
                 with masked(model, here, kept):
                     hidden = [
@@ -93,6 +92,6 @@ class WandaStructured(CompressionCallback):
                 advance(f"layer {index}")
         outcome: dict[str, JSONValue] = {
             "score": "mean |w| · ‖x‖, summed over a unit",
-            **achieved(model, units, kept, self.ratio),
+            **achieved(model, removed_parameters(units, kept), self.ratio),
         }
         return self.make_plan(model, calibration, [*kept_steps(units, kept)], kept_trace(units, scores, kept), outcome)

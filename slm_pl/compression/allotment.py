@@ -1,7 +1,7 @@
 """How many units each structure loses, so that a model loses the share of its parameters that was asked for."""
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -45,6 +45,11 @@ def wanted_parameters(model: "PreTrainedModel", ratio: float, units: Units, leas
     return wanted
 
 
+def removed_parameters(units: Units, kept: Mapping[Key, Sequence[int]]) -> int:
+    """Parameters of the units that do not stay."""
+    return cost(units, {key: structure.units - len(kept[key]) for key, structure in units.items()})
+
+
 def check_met(units: Units, kept: Mapping[Key, list[int]], wanted: int) -> None:
     """Refuses a choice that misses its target by more than a unit, because structures keep what they may not lose.
 
@@ -56,7 +61,7 @@ def check_met(units: Units, kept: Mapping[Key, list[int]], wanted: int) -> None:
     Raises:
         UsageError: If it does.
     """
-    removed = cost(units, {key: structure.units - len(kept[key]) for key, structure in units.items()})
+    removed = removed_parameters(units, kept)
     if abs(removed - wanted) > max(structure.unit_parameters for structure in units.values()):
         raise UsageError(
             f"{wanted:,} parameters are to go, but without emptying a layer's attention or MLP these settings remove "

@@ -261,7 +261,7 @@ def accepts(model: "PreTrainedModel", heads: int | None = None, channels: int | 
     The config of a Llama or Gemma refuses a hidden size that the number of heads does not divide, although it says the
     size of a head by itself.
     """
-    trial = copy.deepcopy(model.config)
+    trial = copy.copy(model.config)  # of the config alone: two of its fields are set
     if heads is not None:
         trial.num_attention_heads = heads
     if channels is not None:

@@ -48,6 +48,11 @@ class ChannelStatistics:
         return self.squares.sqrt()
 
 
+def weighted_norm(weight: Tensor, found: ChannelStatistics) -> Tensor:
+    """Mean |W_c| · ‖x_c‖ of every input channel c of an output map (Wanda; FLAP's metric WIFN), ``[channels]``."""
+    return weight.abs().double().mean(0) * found.norm
+
+
 @dataclass
 class PublishedFluctuation:
     """FLAP's statistics with the arithmetic of the authors' program.

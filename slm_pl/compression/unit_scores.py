@@ -105,14 +105,18 @@ def _over_others(values: Tensor, axis: int) -> Tensor:
 
 
 def weigh(
-    model: "PreTrainedModel", layers: Iterable[int], visit: Callable[[int, str, Callable[[int], Tensor]], None]
+    model: "PreTrainedModel",
+    layers: Iterable[int],
+    visit: Callable[[int, str, Callable[[int], Tensor]], None],
+    advance: Callable[[str], None] = lambda note: None,
 ) -> None:
-    """Shows every parameter of these layers by its magnitude (Σ w²)."""
+    """Shows every parameter of these layers by its magnitude (Σ w²); ``advance`` is called after each layer."""
     modules = decoder_layers(model)
     for layer in layers:
         for name, parameter in modules[layer].named_parameters():
             weight = parameter.detach()
             visit(layer, name, lambda axis, weight=weight: magnitude(weight, axis))  # type: ignore[misc]
+        advance(f"layer {layer}")
 
 
 def differentiate(

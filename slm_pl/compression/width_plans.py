@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from slm_pl.compression.allotment import cost
 from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.plan import JSONValue, KeepChannels, count_parameters
 from slm_pl.compression.structures import Key, Structure
@@ -70,19 +69,14 @@ def rounded(scores: Tensor) -> list[JSONValue]:
     return [float(f"{value:.6g}") for value in scores.tolist()]
 
 
-def achieved(
-    model: "PreTrainedModel", units: Units, kept: Kept, requested: float | None, added: int = 0
-) -> dict[str, JSONValue]:
+def achieved(model: "PreTrainedModel", removed: int, requested: float | None) -> dict[str, JSONValue]:
     """What a plan's outcome says of the size.
 
     Args:
         model: The model.
-        units: The structures.
-        kept: The units that stay.
+        removed: Parameters that go, without those that the plan adds.
         requested: The share of all parameters that was asked for.
-        added: Parameters that the plan adds, such as biases.
     """
-    removed = cost(units, {key: structure.units - len(kept[key]) for key, structure in units.items()}) - added
     return {
         "requested_ratio": requested,
         "ratio": removed / count_parameters(model),

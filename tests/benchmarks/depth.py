@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from callbacks import SLEB, ShortenedLLaMA
 from slm_pl.console import progress
 from slm_pl.data import CalibrationSet, CalibrationText, load_calibration
-from slm_pl.errors import UsageError
 from slm_pl.loading import load_model, load_tokenizer, resolve
 from tests.benchmarks.search import (
     MB,
@@ -41,10 +40,9 @@ from tests.benchmarks.search import (
     Memory,
     Stopwatch,
     console,
-    environment,
-    finish,
     memory_of,
     percent,
+    run_parts,
 )
 
 if TYPE_CHECKING:
@@ -278,17 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=("sleb", "taylor"), help="run this part alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
-    checks: list[Check] = []
-    figures: dict[str, object] = {"environment": environment(), "model": MODEL}
-    try:
-        for name, part in (("taylor", taylor), ("sleb", sleb)):
-            if options.only in (None, name):
-                found, figures[name] = part(options)
-                checks += found
-    except UsageError as error:
-        console.print(f"error: {error}", markup=False)
-        return 2
-    return finish(checks, figures, options.json)
+    return run_parts({"taylor": lambda: taylor(options), "sleb": lambda: sleb(options)}, options.only, options.json)
 
 
 if __name__ == "__main__":

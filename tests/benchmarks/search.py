@@ -37,7 +37,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -559,6 +559,25 @@ def run(settings: Settings, repeats: int) -> tuple[list[Check], dict[str, object
             "[yellow]Other programs kept the machine busy: the wall times are not to be trusted, run again.[/]"
         )
     return checks, figures
+
+
+Part = Callable[[], tuple[list[Check], dict[str, object]]]
+"""One comparison of a benchmark: its checks and its figures."""
+
+
+def run_parts(parts: Mapping[str, Part], only: str | None, path: Path | None) -> int:
+    """Runs the parts of a benchmark, or one of them, and ends as :func:`finish`; 2 if a part could not run."""
+    checks: list[Check] = []
+    figures: dict[str, object] = {"environment": environment(), "model": MODEL}
+    try:
+        for name, part in parts.items():
+            if only in (None, name):
+                found, figures[name] = part()
+                checks += found
+    except UsageError as error:
+        console.print(f"error: {error}", markup=False)
+        return 2
+    return finish(checks, figures, path)
 
 
 def finish(checks: Sequence[Check], figures: dict[str, object], path: Path | None) -> int:

@@ -32,7 +32,6 @@ from callbacks import FLAP, LLMPruner
 from slm_pl.compression import surgery
 from slm_pl.compression.plan import KeepChannels, Plan, count_parameters
 from slm_pl.data import CalibrationSet
-from slm_pl.errors import UsageError
 from slm_pl.loading import load_model, resolve
 from tests.benchmarks.depth import load
 from tests.benchmarks.search import (
@@ -43,10 +42,9 @@ from tests.benchmarks.search import (
     Memory,
     Stopwatch,
     console,
-    environment,
-    finish,
     memory_of,
     percent,
+    run_parts,
 )
 
 if TYPE_CHECKING:
@@ -287,17 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=("taylor", "flap", "prefill"), help="run this part alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
-    checks: list[Check] = []
-    figures: dict[str, object] = {"environment": environment(), "model": MODEL}
-    try:
-        for name, part in (("taylor", taylor), ("flap", flap), ("prefill", lambda: prefill(options.repeats))):
-            if options.only in (None, name):
-                found, figures[name] = part()
-                checks += found
-    except UsageError as error:
-        console.print(f"error: {error}", markup=False)
-        return 2
-    return finish(checks, figures, options.json)
+    return run_parts(
+        {"taylor": taylor, "flap": flap, "prefill": lambda: prefill(options.repeats)}, options.only, options.json
+    )
 
 
 if __name__ == "__main__":

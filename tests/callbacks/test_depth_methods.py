@@ -13,6 +13,7 @@ from slm_pl.compression.plan import DropLayers, Plan
 from slm_pl.data import AlpacaDataModule, CalibrationSet, CalibrationText
 from slm_pl.errors import UsageError
 from tests.helpers.pico import pico_model
+from tests.helpers.ranks import in_two_processes
 from tests.helpers.run import Drop, alpaca_data, make_module, make_trainer, without
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -332,9 +333,7 @@ VARIANTS = [
 ]
 
 
-def _rank(rank: int, port: int, directory: str) -> None:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _rank(rank: int, directory: str) -> None:
     one = CalibrationSet.from_ids(IDS[:1].tolist(), CalibrationText(source="ids", samples=1, sequence_length=24))
     with torch.no_grad():
         for number, make in enumerate(VARIANTS):
@@ -352,16 +351,10 @@ def _rank(rank: int, port: int, directory: str) -> None:
             except FloatingPointError as error:
                 with open(f"{directory}/error{number}.{rank}", "w") as file:
                     file.write(str(error))
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_share_the_work_and_decide_as_one(tmp_path):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(_rank, tmp_path)
     for number, make in enumerate(VARIANTS):
         for name in (f"{number}", f"few{number}"):
             texts = [(tmp_path / f"{name}.{rank}.json").read_text() for rank in (0, 1)]

@@ -19,6 +19,7 @@ from slm_pl.data import CalibrationText
 from slm_pl.data.corpora import CalibrationSet
 from slm_pl.errors import UsageError
 from tests.helpers.pico import pico_model
+from tests.helpers.ranks import in_two_processes
 
 IDS = torch.randint(3, 512, (5, 24), generator=torch.Generator().manual_seed(3)).tolist()
 CALIBRATION = CalibrationSet.from_ids(IDS, CalibrationText(source="ids", samples=5, sequence_length=24))
@@ -343,9 +344,7 @@ def test_non_finite_states_stop_the_search():
 VARIANTS = [{}, {"consolidation": "mean", "other_parameters": "mean"}, {"similarity": "cka", "consolidation": "sum"}]
 
 
-def _rank(rank: int, port: int, directory: str) -> None:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _rank(rank: int, directory: str) -> None:
     # With one sample, one of the two ranks has nothing to score.
     one = CalibrationSet.from_ids(IDS[:1], CalibrationText(source="ids", samples=1, sequence_length=24))
     SlidingWindowMerging(remove_layers=2).plan(pico_model(seed=5), one.shard(rank, 2)).save(
@@ -366,16 +365,10 @@ def _rank(rank: int, port: int, directory: str) -> None:
     except FloatingPointError as error:
         with open(f"{directory}/error{rank}", "w") as file:
             file.write(str(error))
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_share_the_work_and_end_with_the_plan_of_one(tmp_path):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(_rank, tmp_path)
     assert (tmp_path / "few0.json").read_text() == (tmp_path / "few1.json").read_text()
     for number, variant in enumerate(VARIANTS):
         one = SlidingWindowMerging(remove_layers=3, **variant).plan(pico_model(seed=5), CALIBRATION).to_json()

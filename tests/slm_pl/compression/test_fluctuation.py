@@ -1,5 +1,4 @@
 import math
-import socket
 
 import numpy
 import pytest
@@ -9,6 +8,7 @@ from slm_pl.compression.architecture import decoder_layers
 from slm_pl.compression.fluctuation import PublishedFluctuation, input_statistics
 from slm_pl.compression.structures import structures
 from tests.helpers.pico import CONFIGS, pico_model
+from tests.helpers.ranks import in_two_processes
 
 SAMPLES = torch.randint(3, 512, (5, 24), generator=torch.Generator().manual_seed(1))
 OUTPUTS = {
@@ -194,22 +194,16 @@ def test_half_precision_is_summed_in_double():
     assert math.isclose(own.mean.mean().item(), tokens.mean(), rel_tol=2e-3)
 
 
-def _rank(rank: int, port: int, directory: str) -> None:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _rank(rank: int, directory: str) -> None:
     for name, shares in {"uneven": (SAMPLES[:3].split(2), SAMPLES[3:].split(2)), "few": (SAMPLES.split(5), ())}.items():
         model = pico_model()
         found = input_statistics(model, shares[rank], structures(model, [0, 4]))
         rows = {f"{layer} {group}": [own.tokens, own.total, own.squares] for (layer, group), own in found.items()}
         torch.save(rows, f"{directory}/{name}.{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_measure_what_one_does(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(_rank, tmp_path)
     expected = inputs_of(pico_model())
     for name in ("uneven", "few"):
         ranks = [torch.load(tmp_path / f"{name}.{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -1,4 +1,3 @@
-import socket
 from typing import get_args
 
 import pytest
@@ -8,6 +7,7 @@ from slm_pl.compression.architecture import decoder_layers
 from slm_pl.compression.structures import structures
 from slm_pl.compression.unit_scores import Grouping, HiddenScores, Taylor, UnitScores, differentiate, weigh
 from tests.helpers.pico import pico_model
+from tests.helpers.ranks import in_two_processes
 
 SAMPLES = torch.randint(3, 512, (4, 24), generator=torch.Generator().manual_seed(1))
 CRITERIA = ("magnitude", *get_args(Taylor))
@@ -270,9 +270,7 @@ def test_broken_weights_are_refused_with_the_layer_named(criterion):
         hidden.scores()
 
 
-def _rank(rank: int, port: int, directory: str) -> None:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _rank(rank: int, directory: str) -> None:
     shares = {"uneven": (SAMPLES[:3].split(2), SAMPLES[3:].split(1)), "few": (SAMPLES[:1].split(1), ())}
     found = {}
     for name, share in shares.items():
@@ -287,14 +285,10 @@ def _rank(rank: int, port: int, directory: str) -> None:
             differentiate(model, share[rank], criterion, visit)
             found[name, criterion] = {**units.scores(), "hidden": hidden.scores()}
     torch.save(found, f"{directory}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_the_scores_of_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert len(ranks[0]) == 2 * 4
     for (name, criterion), scores in ranks[0].items():
