@@ -25,7 +25,7 @@ from slm_pl.compression.plan import (
     count_parameters,
     plan_name,
 )
-from slm_pl.data import AlpacaDataModule, CalibrationSet, CalibrationText
+from slm_pl.data import CalibrationSet, CalibrationText, TrainingData
 from slm_pl.errors import UsageError
 from slm_pl.module import CausalLM
 from slm_pl.pictures import matrix_names, trace_names, trace_pictures
@@ -230,12 +230,12 @@ class CompressionCallback(pl.Callback, ABC):
         """This rank's share of the calibration text."""
         datamodule = getattr(trainer, "datamodule", None)
         if not self.uses_calibration:
-            text = datamodule.calibration if isinstance(datamodule, AlpacaDataModule) else CalibrationText()
+            text = datamodule.calibration if isinstance(datamodule, TrainingData) else CalibrationText()
             return CalibrationSet.from_ids([], text)
-        if not isinstance(datamodule, AlpacaDataModule):
+        if not isinstance(datamodule, TrainingData):
             raise UsageError(
-                f"{type(self).__name__} needs calibration text from slm_pl.data.AlpacaDataModule; got "
-                f"{type(datamodule).__name__}. Pass it as datamodule, or give plan_path."
+                f"{type(self).__name__} needs calibration text from a data module of slm_pl.data, such as "
+                f"AlpacaDataModule; got {type(datamodule).__name__}. Pass one as datamodule, or give plan_path."
             )
         calibration = datamodule.calibration_batches()
         if trainer.world_size > 1:

@@ -15,7 +15,7 @@ from callbacks.base import EarlyCheck, on_first_rank
 from slm_pl import files, loading
 from slm_pl.compression.plan import count_parameters, load_plans
 from slm_pl.console import progress
-from slm_pl.data.alpaca import Prompt
+from slm_pl.data.prompts import Prompt
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.generation import Examples, GenerationProtocol, ModelCompletions, complete, markdown, to_json
 from slm_pl.module import CausalLM

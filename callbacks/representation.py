@@ -12,7 +12,7 @@ from slm_pl import files
 from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.plan import MergeLayers, Plan, layer_groups
 from slm_pl.compression.scores import LEAST_TOKENS, Kernel
-from slm_pl.data import AlpacaDataModule, CalibrationSet, CalibrationText, load_calibration
+from slm_pl.data import CalibrationSet, CalibrationText, TrainingData, load_calibration
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.representation import representation_similarity
 from slm_pl.evaluation.zero_shot import task_prompts
@@ -193,7 +193,7 @@ class RepresentationSimilarity(PlanObserver, EarlyCheck):
             samples = load_calibration(self.text, module.tokenizer)
         else:
             datamodule = getattr(trainer, "datamodule", None)
-            if not isinstance(datamodule, AlpacaDataModule):
+            if not isinstance(datamodule, TrainingData):
                 raise UsageError(
                     "RepresentationSimilarity needs text: give it text or task, or pass slm_pl.data.AlpacaDataModule "
                     f"as datamodule (got {type(datamodule).__name__})."

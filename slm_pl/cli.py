@@ -9,14 +9,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from slm_pl.data import AlpacaDataModule
+from slm_pl.data import TrainingData
 from slm_pl.errors import UsageError
 from slm_pl.module import CausalLM
 from slm_pl.trainer import Trainer
@@ -25,12 +28,13 @@ CONFIG_VERSION = 1
 
 
 class CLI(LightningCLI):
-    """LightningCLI for :class:`~slm_pl.module.CausalLM` and :class:`~slm_pl.data.AlpacaDataModule`."""
+    """LightningCLI for :class:`~slm_pl.module.CausalLM` and a :class:`~slm_pl.data.TrainingData`."""
 
     def __init__(self, args: list[str] | None) -> None:
         super().__init__(
             CausalLM,
-            AlpacaDataModule,
+            TrainingData,
+            subclass_mode_data=True,
             trainer_class=Trainer,
             trainer_defaults={"default_root_dir": os.path.join("runs", "latest")},
             # The saved config belongs to this run; what must not be lost is guarded by its own checks.
@@ -47,6 +51,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options that are not a class's."""
+        parser.set_defaults({"data": {"class_path": "slm_pl.data.AlpacaDataModule"}})
         parser.add_argument(
             "--overwrite", action="store_true", help="Replace results and exports that an earlier run left."
         )
@@ -73,16 +78,35 @@ class CLI(LightningCLI):
         self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Makes the trainer and hands it ``--overwrite``."""
+        """Makes the trainer, with a progress bar and, to train, with loggers; and hands it ``--overwrite``."""
+        options = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        root = options["default_root_dir"]
+        if options["logger"] in (None, True):
+            kwargs["logger"] = [CSVLogger(root, "logs"), TensorBoardLogger(root, "logs")] if self.fits else False
+        callbacks = list(options["callbacks"] or [])
+        if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            kwargs["callbacks"] = [*callbacks, RichProgressBar(leave=True)]
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, Trainer)
         trainer.overwrite = bool(self._get(self.config_init, "overwrite"))
         return trainer
 
+    @property
+    def fits(self) -> bool:
+        """Whether this run trains."""
+        return self.subcommand == "fit"
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if "weights_only" in kwargs:
             kwargs["weights_only"] = kwargs["weights_only"] is not False  # a checkpoint is never unpickled by default
+        if kwargs.get("ckpt_path") == "last":
+            trainer = cast(Trainer, self.trainer)
+            newest = trainer.newest_checkpoint()
+            if newest is None:
+                directory = trainer.checkpoint_directories[0]
+                rank_zero_info(f"There is no checkpoint in {directory} yet: starting from the beginning")
+            kwargs["ckpt_path"] = newest
         return kwargs
 
 

@@ -38,6 +38,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def make_directory(path: str | os.PathLike[str]) -> None:
+    """Makes a directory and those above it.
+
+    Raises:
+        UsageError: If it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(_unwritable(Path(path), error)) from error
+
+
 def check_output_directory(path: str | os.PathLike[str], overwrite: bool) -> None:
     """Refuses early, before any work, a directory that :func:`new_directory` would refuse at the end.
 

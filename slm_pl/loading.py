@@ -4,9 +4,10 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -82,16 +83,13 @@ def load_model(source: Source, dtype: DType = "auto", attn_implementation: str |
         UsageError: If there is no such model, it cannot be reached, it lacks weights, or it needs code of its own that
             was not trusted.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = read_config(source)
     try:
-        config = AutoConfig.from_pretrained(
-            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
         loader: type = AutoModelForCausalLM
         trust: dict[str, bool] = {"trust_remote_code": source.trust_remote_code}
         if getattr(config, "layer_widths", None) is not None:
-            _check_widths(config, source.pretrained)
             loader, trust = with_widths(stock_class(config), width_layout), {}
         loaded = loader.from_pretrained(  # type: ignore[attr-defined]
             source.location,
@@ -103,13 +101,44 @@ def load_model(source: Source, dtype: DType = "auto", attn_implementation: str |
             output_loading_info=True,
             **trust,
         )
-    except UsageError:
-        raise
     except Exception as error:  # a broken file ends in any of them: SafetensorError, KeyError, struct.error, …
-        raise _unreadable(source, "model", error) from error
+        raise unreadable(source, "model", error) from error
     model = _complete(loaded, source.pretrained)
     model.config._name_or_path = source.pretrained
     return model
+
+
+def read_config(source: Source) -> "PreTrainedConfig":
+    """Reads the config of a causal language model.
+
+    Raises:
+        UsageError: If there is none, or it asks for widths that nothing can be built from.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except Exception as error:
+        raise unreadable(source, "model", error) from error
+    if getattr(config, "layer_widths", None) is not None:
+        _check_widths(config, source.pretrained)
+    return config
+
+
+def empty_model(config: "PreTrainedConfig", **options: Any) -> "PreTrainedModel":
+    """A model of transformers on the meta device: its modules and the shapes of its weights, without any memory.
+
+    Args:
+        config: What to build.
+        options: ``dtype`` and ``attn_implementation``, where they are not the config's.
+    """
+    model_class = stock_class(config)
+    if getattr(config, "layer_widths", None) is not None:
+        model_class = with_widths(model_class, width_layout)
+    with torch.device("meta"):
+        return cast("PreTrainedModel", model_class._from_config(config, **options))
 
 
 def _check_widths(config: "PreTrainedConfig", name: str) -> None:
@@ -147,7 +176,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
             source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except Exception as error:
-        raise _unreadable(source, "tokenizer", error) from error
+        raise unreadable(source, "tokenizer", error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -160,14 +189,20 @@ def _complete(loaded: object, name: str) -> "PreTrainedModel":
     """
     model, report = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
     if missing := report["missing_keys"]:
-        raise UsageError(
-            f"{name} lacks {len(missing)} of the weights that its config asks for, such as {min(missing)}. "
-            "Get the whole checkpoint."
-        )
+        raise incomplete(name, missing)
     return model
 
 
-def _unreadable(source: Source, what: str, error: Exception) -> UsageError:
+def incomplete(name: str, missing: Collection[str]) -> UsageError:
+    """What to tell the user about a checkpoint without some of its weights."""
+    return UsageError(
+        f"{name} lacks {len(missing)} of the weights that its config asks for, such as {min(missing)}. "
+        "Get the whole checkpoint."
+    )
+
+
+def unreadable(source: Source, what: str, error: Exception) -> UsageError:
+    """What to tell the user about a file that a library failed on."""
     first, _, rest = str(error).strip().partition("\n")
     reason = f"{type(error).__name__}: {first.strip()}"
     if reason.endswith(":"):

@@ -1,7 +1,9 @@
 """The LightningModule around a (compressed) causal language model."""
 
 import json
-from dataclasses import dataclass
+import math
+import os
+import time
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,14 +11,22 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from slm_pl import files, loading
-from slm_pl.compression.architecture import num_layers
+from slm_pl import files, loading, sharding
+from slm_pl.compression.architecture import logits, num_layers
 from slm_pl.compression.plan import Plan, count_parameters, load_plans
+from slm_pl.data.batching import Batch
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.generation import complete
+from slm_pl.recovery import objective
+from slm_pl.recovery.adapters import LoRA, add_adapters, merge_adapters, say_trainable, train_last_layers
+from slm_pl.recovery.distillation import Distillation
+from slm_pl.recovery.learning_curves import learning_curves
+from slm_pl.recovery.step_record import StepRecord
+from slm_pl.recovery.teacher import Teacher
 from slm_pl.results import Environment, ModelIdentity, Results
 
 if TYPE_CHECKING:
@@ -24,29 +34,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from slm_pl.trainer import Trainer
 
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adaptation (arXiv 2106.09685); the defaults are those of the published recovery recipe.
 
-    Attributes:
-        r: Rank.
-        alpha: The update is scaled by ``alpha / r``.
-        dropout: On the input of the low-rank path.
-        target_modules: Names of the linear maps to adapt; null for all projections of the decoder layers.
-    """
-
-    r: int = 8
-    alpha: int = 16
-    dropout: float = 0.05
-    target_modules: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses values PEFT would fail on later."""
-        if self.r < 1:
-            raise UsageError(f"lora.r is {self.r}; give a rank of at least 1 (published: 8), or lora: null.")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"lora.dropout is {self.dropout}; give a probability in [0, 1) (published: 0.05).")
+CURVES = "learning_curves.png"
 
 
 class CausalLM(pl.LightningModule):
@@ -68,6 +59,9 @@ class CausalLM(pl.LightningModule):
         weight_decay: AdamW's.
         warmup_steps: Optimizer steps of linear warm-up.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        last_layers: Train the last so many decoder layers and the language-model head instead of adapters
+            (arXiv 2411.15558); needs ``lora: null``.
+        distillation: Also learn from the dense model; null for the labels alone.
         label: Name in results and comparisons; null takes the run directory's name.
         max_new_tokens: Length of the completions that ``predict`` writes.
     """
@@ -84,10 +78,17 @@ class CausalLM(pl.LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
         gradient_checkpointing: bool = False,
+        last_layers: int | None = None,
+        distillation: Distillation | None = None,
         label: str | None = None,
         max_new_tokens: int = 64,
     ) -> None:
         super().__init__()
+        if last_layers is not None and (lora is not None or last_layers < 0):
+            raise UsageError(
+                f"model.last_layers is {last_layers} and model.lora is {'null' if lora is None else 'set'}. Give a "
+                "number of layers from 0 on with lora: null, or adapters with last_layers: null."
+            )
         self.strict_loading = False  # checkpoints hold the trainable weights only
         self.pretrained = pretrained
         self.dtype_name = dtype
@@ -97,17 +98,23 @@ class CausalLM(pl.LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.gradient_checkpointing = gradient_checkpointing
+        self.last_layers = last_layers
+        self.distillation = distillation
         self.label = label
         self.max_new_tokens = max_new_tokens
         self.source = loading.resolve(pretrained, revision, trust_remote_code)
         self.plans: list[Plan] = [] if self.source.directory is None else load_plans(self.source.directory)
         self.figures: dict[str, bytes] = {}
         """Files that go with an export and its model card, by name: what was seen of the model before compression."""
+        self.history: dict[str, list[tuple[int, float]]] = {"train/loss": [], "val/loss": [], "lr": []}
+        """Losses and learning rate by optimizer step; a checkpoint holds them, so that a resumed run draws all."""
         self.results: Results | None = None
         self.predictions: list[dict[str, str]] = []
         self.model: PreTrainedModel | PeftModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._merged = False
+        self._teacher: Teacher | None = None
+        self._stopping = False
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -136,72 +143,178 @@ class CausalLM(pl.LightningModule):
             )
 
     def setup(self, stage: str) -> None:
-        """Wraps the model for training; without a checkpoint the other stages need no adapter."""
+        """Chooses what is trained; without a checkpoint the other stages need no adapter."""
         self.check_run(stage)
+        if self.model is None and stage == "fit" and sharding.is_sharded(self.trainer.strategy):
+            return  # nobody needed the whole model: every process loads its part, in `configure_model`
+        self.load_model()
+        if stage == "fit" or self.trainer.ckpt_path is not None:
+            self._prepare_training()
+
+    def configure_model(self) -> None:
+        """Loads the model in parts where each process is to hold a part only; Lightning calls it ready to do so."""
+        if self.model is None:
+            self.model = sharding.load_sharded(self.source, self.dtype_name, self.attn_implementation)
+            with sharding.whole_parameters():
+                self._prepare_training()
+
+    def _prepare_training(self) -> None:
         model = self.load_model()
-        if stage != "fit" and self.trainer.ckpt_path is None:
-            return
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self.lora is None or self.adapted:
-            model.train()
-            return
-        from peft import LoraConfig, get_peft_model
-
-        from slm_pl.compression.architecture import lora_targets
-
-        targets = self.lora.target_modules or lora_targets(model)
-        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        if unknown := sorted(set(targets) - names):
-            raise UsageError(
-                f"lora.target_modules names {unknown}, which the model does not have. Its projections are "
-                f"{lora_targets(model)}."
-            )
-        config = LoraConfig(
-            r=self.lora.r,
-            lora_alpha=self.lora.alpha,
-            lora_dropout=self.lora.dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-            # What a layer lost whole has nothing to adapt.
-            exclude_modules=_without_entries(model) or None,
-        )
-        # Adapters are kept in fp32, where small updates are not rounded away, unless the run is in 16 bit as a whole:
-        # an adapter in fp32 among 16-bit parameters would stop DeepSpeed.
-        full = self.trainer.precision not in ("bf16-true", "16-true")
-        self.model = cast("PeftModel", get_peft_model(model, config, autocast_adapter_dtype=full))
+        if self.last_layers is not None:
+            train_last_layers(model, self.last_layers)
+        elif self.lora is None:
+            say_trainable(model, "Full fine-tuning")
+        elif not self.adapted:
+            # Adapters are kept in fp32, where small updates are not rounded away, unless the run is in 16 bit as a
+            # whole: an adapter in fp32 among 16-bit parameters would stop DeepSpeed.
+            full = self.trainer.precision not in ("bf16-true", "16-true")
+            self.model = add_adapters(model, self.lora, full)
+        assert self.model is not None
         self.model.train()  # from_pretrained gives it in eval mode
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = count_parameters(self.model)
-        rank_zero_info(f"LoRA r={self.lora.r}: {trainable / 1e6:,.2f} M of {total / 1e6:,.1f} M parameters are trained")
 
     @property
     def adapted(self) -> bool:
         """Whether the model carries adapters that are not merged into it."""
         return self.model is not None and hasattr(self.model, "peft_config")
 
+    @property
+    def plain(self) -> "PreTrainedModel":
+        """The Hugging Face model itself, adapters among its modules or not."""
+        return cast("PreTrainedModel", self.model.get_base_model() if self.adapted else self.model)  # type: ignore[union-attr, operator]
+
+    @property
+    def variable_length_attention(self) -> bool:
+        """Whether attention over a packed row costs no more than over its examples."""
+        return "flash" in str(getattr(self.load_model().config, "_attn_implementation", ""))
+
     def merge_adapters(self) -> "PreTrainedModel":
         """Adds the adapters to the weights and removes them; returns the plain Hugging Face model."""
         if self.adapted:
-            self.model = cast("PeftModel", self.model).merge_and_unload()
+            self.model = merge_adapters(cast("PeftModel", self.model))
             self._merged = True
         return self.load_model()
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """Returns the loss on ``labels``, where -100 marks tokens that do not count."""
-        assert self.model is not None
-        return self.model(**inputs).loss
+    def on_fit_start(self) -> None:
+        """Loads the teacher, if there is one."""
+        if self.distillation is not None:
+            self._teacher = Teacher.load(self.distillation, self.source, self.plans, self.plain, self.device)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss on the response tokens."""
-        loss = self(**batch)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+    def on_train_start(self) -> None:
+        """Validation, and with it the checkpoint of its loss, falls between two optimizer steps."""
+        trainer, micro_batches = self.trainer, self.trainer.accumulate_grad_batches
+        if isinstance(trainer.val_check_batch, int) and trainer.val_check_batch % micro_batches:
+            trainer.val_check_batch += micro_batches - trainer.val_check_batch % micro_batches
+            rank_zero_info(
+                f"Validation is every {trainer.val_check_batch} micro-batches, the next multiple of the "
+                f"{micro_batches} of an optimizer step"
+            )
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the sum of -log p over the labels of a micro-batch, and what distillation adds to it by name."""
+        model, distillation = self.plain, self.distillation
+        inputs = objective.model_inputs(model, batch)
+        hidden = distillation is not None and distillation.hidden_weight > 0
+        states, every = objective.final_states(model, inputs, every_layer=hidden)
+        selected = objective.predicting(batch["labels"])
+        targets = batch["labels"].roll(-1, 1)[selected]
+        if self._teacher is None or not self.training:
+            return objective.negative_log_likelihood(model, states[selected], targets), {}
+        scores = logits(model, states[selected])
+        likelihood = torch.nn.functional.cross_entropy(scores.float(), targets, reduction="sum")
+        return likelihood, self._teacher.losses(inputs, selected, scores, every, batch["attention_mask"])
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout depends on the seed and on which micro-batch this is alone, also in a run that was resumed."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        torch.manual_seed((seed * 1_000_003 + self.trainer.fit_loop.epoch_loop.total_batch_idx) * world + rank)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._step = StepRecord(time.perf_counter())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The share of this micro-batch in the mean over all labels of the optimizer step.
+
+        Raises:
+            FloatingPointError: If the loss of the step is not finite, on all processes; the micro-batches of the step
+                are left in the run directory.
+        """
+        likelihood, others = self(batch)
+        loss = likelihood / batch["step_labels"]
+        for name, value in others.items():
+            loss = loss + value / batch["step_tokens" if name == "hidden" else "step_labels"]
+        self._step.add(batch, likelihood, loss)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self._end_step(batch)
+        # Lightning divides by the number of micro-batches, and averages over processes; so does DeepSpeed, which
+        # divides by the number of micro-batches once more.
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        if self.trainer.strategy.handles_gradient_accumulation:
+            factor *= self.trainer.accumulate_grad_batches
+        return loss * factor
+
+    def _end_step(self, batch: Batch) -> None:
+        """Logs the step, before its gradient changes a weight."""
+        step, trainer = self._step, self.trainer
+        stop = torch.tensor(float(getattr(trainer, "stop_signal", None) is not None))
+        sums = torch.stack([step.likelihood.float(), step.loss.float(), stop.to(step.loss.device)])
+        summed = cast(Tensor, trainer.strategy.reduce(sums, reduce_op="sum")).tolist()
+        likelihood, loss = summed[0] / batch["step_labels"], summed[1]
+        self._stopping = summed[2] > 0
+        number = trainer.global_step + 1
+        if not (math.isfinite(loss) and math.isfinite(likelihood)):
+            step.save(Path(trainer.default_root_dir), number, trainer.global_rank)
+            raise FloatingPointError(
+                f"The loss of optimizer step {number} is {loss}. Its micro-batches are in "
+                f"{Path(trainer.default_root_dir) / step.file_name(number, trainer.global_rank)}, with the loss of "
+                "each; no weight was changed by it. Try a lower model.learning_rate, trainer.gradient_clip_val: 1.0, "
+                "or trainer.precision: bf16-true instead of 16 bit."
+            )
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("train/loss", likelihood, prog_bar=True)
+        if self._teacher is not None:
+            self.log("train/objective", loss)
+        self.log("lr", rate)
+        self.log("train/tokens_per_s", batch["step_tokens"] / (time.perf_counter() - step.began), prog_bar=True)
+        self.log("train/padding", 1 - step.tokens / step.positions)
+        self.log("train/packing_efficiency", step.tokens / step.positions)
+        self.log("train/examples_per_row", step.examples / step.rows)
+        self.history["train/loss"].append((number, likelihood))
+        self.history["lr"].append((number, float(rate)))
+
+    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
+        """Ends the run after the optimizer step in which one of the processes was asked to stop."""
+        if self._stopping:
+            cast("Trainer", self.trainer).stop_with_checkpoint()
+
+    def on_validation_epoch_start(self) -> None:
+        """Nothing was counted yet."""
+        self._validated = torch.zeros(2, dtype=torch.float64)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss on the response tokens of held-out rows, each token counting the same."""
-        counted = int((batch["labels"][:, 1:] != -100).sum())
-        self.log("val/loss", self(**batch), prog_bar=True, batch_size=counted, sync_dist=True)
+        likelihood, _ = self(batch)
+        self._validated += torch.tensor([float(likelihood), float((batch["labels"] >= 0).sum())])
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the mean over all labels of all processes."""
+        sums = cast(Tensor, self.trainer.strategy.reduce(self._validated.float().to(self.device), reduce_op="sum"))
+        loss = float(sums[0] / sums[1])
+        self.log("val/loss", loss, prog_bar=True)
+        if self.trainer.training or self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.history["val/loss"].append((self.trainer.global_step, loss))
+            self.draw_history()
+
+    def on_train_end(self) -> None:
+        """Draws the last steps, too."""
+        self.draw_history()
+
+    def draw_history(self) -> None:
+        """Writes ``learning_curves.png`` into the run directory."""
+        if self.trainer.is_global_zero:
+            self.figures[CURVES] = learning_curves(self.history)
+            files.write_bytes(Path(self.trainer.default_root_dir) / CURVES, self.figures[CURVES])
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         """Nothing: the test hooks measure."""
@@ -255,6 +368,7 @@ class CausalLM(pl.LightningModule):
         trainable = self._trainable_shapes()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
         checkpoint["plans"] = [plan.to_json() for plan in self.plans]
+        checkpoint["history"] = self.history
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that belongs to another model; loading, which is not strict, would pass over it.
@@ -276,8 +390,10 @@ class CausalLM(pl.LightningModule):
         if weights is not None and {name: value.shape for name, value in weights.items()} != self._trainable_shapes():
             raise UsageError(
                 f"The checkpoint holds other weights than this run trains ({len(weights)} tensors). Give the "
-                "--model.lora of the run that wrote it, and in Python use slm_pl.trainer.Trainer."
+                "--model.lora and --model.last_layers of the run that wrote it, and in Python use "
+                "slm_pl.trainer.Trainer."
             )
+        self.history = {name: [tuple(point) for point in points] for name, points in checkpoint["history"].items()}
 
     def _trainable_shapes(self) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
@@ -311,12 +427,6 @@ class CausalLM(pl.LightningModule):
             path = results_file(self.trainer)
             self.results.save(path)
             rank_zero_info(f"Results: {path}")
-
-
-def _without_entries(model: torch.nn.Module) -> list[str]:
-    """Names of the linear maps that have no inputs or no outputs left."""
-    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    return [name for name, module in linear if module.weight.numel() == 0]
 
 
 def may_overwrite(trainer: pl.Trainer) -> bool:

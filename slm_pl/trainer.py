@@ -1,21 +1,62 @@
-"""The Lightning trainer with one more entry point."""
+"""The Lightning trainer with one more entry point, and checkpoints that survive whatever stops a run."""
 
+import os
+import shutil
+import signal
+import subprocess
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+PARTIAL = ".partial"
+
+
+class _Signals(_SignalConnector):
+    """Notes a signal to stop; the run ends itself between two optimizer steps, on all processes together.
+
+    Lightning's own would talk to the other processes, or save, in the middle of whatever was going on.
+    """
+
+    trainer: "Trainer"
+
+    def _sigterm_notifier_fn(self, signum: int, _: FrameType | None) -> None:
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            raise SystemExit(128 + signum)
+        if self.trainer.stop_signal is None and self.trainer.strategy.launcher is not None:
+            self.trainer.strategy.launcher.kill(signum)  # to the processes that this one started
+        self.trainer.stop_signal = signum
+
+    def _slurm_sigusr_handler_fn(self, signum: int, _: FrameType | None) -> None:
+        self.trainer.stop_signal = signum
 
 
 class Trainer(pl.Trainer):
     """Lightning's trainer with :meth:`prune`, and with ``ckpt_path`` known to the set-up hooks.
 
+    A checkpoint is written under a hidden name and moved into place, so that one with its proper name is whole, be it a
+    file or, with DeepSpeed, a directory. SIGTERM, and SLURM's signal to requeue, end a fit between two optimizer steps
+    with a checkpoint.
+
     Attributes:
         overwrite: Whether outputs of an earlier run may be replaced.
         pruning: Whether :meth:`prune` is running.
+        stop_signal: The signal that asked this process to stop, if one came.
     """
 
     overwrite: bool = False
     pruning: bool = False
+    stop_signal: int | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._signal_connector = _Signals(self)
 
     def prune(self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None) -> None:
         """Compress the model and export it, without training.
@@ -31,6 +72,58 @@ class Trainer(pl.Trainer):
             self.pruning = False
             self.limit_predict_batches = limit
 
+    @property
+    def checkpoint_directories(self) -> list[Path]:
+        """Where the checkpoint callbacks write."""
+        own = [callback.dirpath for callback in self.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        found = [Path(directory) for directory in own if directory]
+        return found or [Path(self.default_root_dir) / "checkpoints"]
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint of this run directory, best or last; None if there is none."""
+        found = [path for directory in self.checkpoint_directories for path in directory.glob("[!.]*.ckpt")]
+        return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+    def save_checkpoint(
+        self, filepath: str | os.PathLike[str], weights_only: bool | None = None, storage_options: Any = None
+    ) -> None:
+        """Writes a checkpoint, to be called on all ranks; it appears when it is whole.
+
+        Args:
+            filepath: Where; several nodes need a file system that they share.
+            weights_only: Without the state of the optimizer.
+            storage_options: Lightning's.
+        """
+        path = Path(self.strategy.broadcast(os.fspath(filepath)))
+        partial = path.with_name(f".{path.name}{PARTIAL}")
+        if self.is_global_zero:
+            for left in path.parent.glob(f".*{PARTIAL}"):  # of a run that was killed
+                _remove(left)
+        self.strategy.barrier("before a checkpoint")
+        super().save_checkpoint(partial, weights_only, storage_options)
+        if self.is_global_zero:
+            _replace(partial, path)
+        self.strategy.barrier("after a checkpoint")
+
+    def stop_with_checkpoint(self) -> None:
+        """Ends the run after a signal, on all ranks.
+
+        Raises:
+            SystemExit: With 128 plus the signal's number on the first rank.
+        """
+        path = self.checkpoint_directories[0] / "last.ckpt"
+        self.save_checkpoint(path)
+        rank_zero_info(
+            f"Asked to stop, so this run ends after optimizer step {self.global_step}. To go on, run the same command "
+            f"with --ckpt_path last ({path})."
+        )
+        environment = self._accelerator_connector.cluster_environment
+        requeue = isinstance(environment, SLURMEnvironment) and self.stop_signal == environment.requeue_signal
+        if requeue and self.is_global_zero and "SLURM_JOB_ID" in os.environ:
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)  # noqa: S603, S607
+        # Lightning takes a child process that fails for a reason to kill all others.
+        raise SystemExit(128 + (self.stop_signal or signal.SIGTERM) if self.is_global_zero else 0)
+
     def _run(
         self,
         model: pl.LightningModule,
@@ -40,4 +133,25 @@ class Trainer(pl.Trainer):
         # Lightning fills `ckpt_path` in after the set-up hooks; ours must know whether weights will be restored: a
         # resumed run takes its plan from disk, and `test` wraps the model in the adapters that the checkpoint holds.
         self._checkpoint_connector._ckpt_path = ckpt_path
+        self.stop_signal = None
         return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Moves a checkpoint into the place of an older one; at every moment, one of them is there."""
+    if not path.is_dir() or path.is_symlink():
+        os.replace(partial, path)
+        return
+    # A directory cannot be replaced in one step: the old one steps aside, under a name that is found, too.
+    aside = path.with_name(f"{path.stem}.previous{path.suffix}")
+    _remove(aside)
+    os.replace(path, aside)
+    os.replace(partial, path)
+    _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slm_pl.loading import cache_directory
 from tests.helpers.pico import pico_model
 from tests.helpers.tokenizer import pico_tokenizer
 
@@ -29,6 +30,17 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def _modules_cache() -> Iterator[None]:
     yield
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache() -> Iterator[None]:
+    """What tests tokenise stays out of the user's cache; the converted model, which takes a minute, is used from it."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="slm_pl_cache_") as directory:
+        own = cache_directory() / "gguf"
+        own.mkdir(parents=True, exist_ok=True)
+        (Path(directory) / "gguf").symlink_to(own.resolve())
+        patch.setenv("SLM_PL_CACHE", directory)
+        yield
 
 
 @pytest.fixture

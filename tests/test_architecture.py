@@ -14,6 +14,8 @@ LEVELS = {
     "slm_pl.data": 2,
     "slm_pl.evaluation": 2,
     "slm_pl.export": 2,
+    "slm_pl.recovery": 2,
+    "slm_pl.sharding": 2,
     "slm_pl.pictures": 2,
     "slm_pl.width_pictures": 2,
     "slm_pl.results": 3,

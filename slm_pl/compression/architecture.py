@@ -49,6 +49,7 @@ class Architecture:
             the projections. The experts of two layers do not correspond, so no sum or mean of them is formed, and they
             keep their width.
         per_layer_lists: Config fields that hold one entry for each layer.
+        packable: Whether position ids that start again keep the examples of a row from attending to each other.
     """
 
     layers: str = "model.layers"
@@ -62,6 +63,7 @@ class Architecture:
     intermediate: str | None = "intermediate_size"
     experts: tuple[str, ...] = ()
     per_layer_lists: tuple[str, ...] = ("layer_types", "layer_widths")
+    packable: bool = True
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -81,6 +83,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         fixed_heads="its position biases (ALiBi) go by the number of the head",
         own_head_dim=False,
         intermediate=None,
+        packable=False,
     ),
     "gemma2": Architecture(),
     "gemma3_text": Architecture(),
@@ -105,6 +108,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp=("fc1", "fc2"),
         own_head_dim=False,
         intermediate="ffn_dim",
+        packable=False,
     ),
     "phi3": Architecture(
         attention=("self_attn.qkv_proj", "self_attn.o_proj"), attention_order="stacked", mlp=_FUSED_MLP

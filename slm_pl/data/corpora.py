@@ -173,17 +173,26 @@ def load_calibration(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase"
             )
         actual = replace(text, samples=len(samples), sequence_length=max(len(sample) for sample in samples))
         return CalibrationSet.from_ids(samples, actual)
-    documents: Sequence[str]
-    if text.source == "embedded":
-        documents = topic_texts("calibration")
-    elif text_suffix(text.source) == ".txt":
-        documents = _pieces(read_text(Path(text.source)), 2 * text.sequence_length)
-    else:
-        documents = read_column(text.source, text.name, text.split, text.column)
+    documents = read_documents(text.source, text.name, text.split, text.column)
+    if text_suffix(text.source) == ".txt":
+        documents = _pieces(documents[0], 2 * text.sequence_length)
     if text.sampling == "stream":
         samples = _stream(documents, text, tokenizer)
         return CalibrationSet.from_ids(samples, replace(text, samples=len(samples)))
     return CalibrationSet.from_ids(_sample(documents, text, tokenizer), text)
+
+
+def read_documents(source: str, name: str | None, split: str, column: str) -> Sequence[str]:
+    """The documents of a source of text; those of ``embedded`` are the chapters to learn from, a file's is one.
+
+    Raises:
+        UsageError: It cannot be read, or has no such column.
+    """
+    if source == "embedded":
+        return topic_texts("calibration")
+    if text_suffix(source) == ".txt":
+        return [read_text(Path(source))]
+    return read_column(source, name, split, column)
 
 
 def _stream(documents: Sequence[str], text: CalibrationText, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:

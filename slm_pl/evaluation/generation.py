@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from slm_pl.data.alpaca import Prompt
+    from slm_pl.data.prompts import Prompt
 
 SCHEMA_VERSION = 1
 

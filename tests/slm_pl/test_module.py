@@ -255,22 +255,33 @@ def test_validation_loss_counts_every_response_token_the_same(pico_dir, tmp_path
     assert abs(sum(means) / len(means) - total / count) > 1e-4  # a mean of rows would be seen
 
 
-def test_training_loss_is_that_of_the_response_tokens(pico_dir, tmp_path):
-    losses: list[float] = []
-    batches: list[dict[str, torch.Tensor]] = []
+@pytest.mark.parametrize("batching", ["packed", "padded", "grouped"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_training_loss_is_the_mean_over_the_labels_of_the_step(pico_dir, tmp_path, batching, accumulate):
+    """Whatever the micro-batches are: the same gradient as from every example by itself."""
 
     class Record(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            losses.append(outputs["loss"].item())
-            batches.append({key: value.clone() for key, value in batch.items()})
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.loss = trainer.logged_metrics["train/loss"].item()
+            self.gradients = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
 
-    make_trainer(tmp_path, Record(), max_steps=1).fit(make_module(pico_dir), alpaca_data(tmp_path))
+    record, module = Record(), make_module(pico_dir, lora=None)
+    data = alpaca_data(tmp_path, batch_size=3, batching=batching)
+    trainer = make_trainer(tmp_path, record, max_steps=1, accumulate_grad_batches=accumulate, log_every_n_steps=1)
+    trainer.fit(module, data)
+    examples = [data.train_examples[i] for slot in data.train_dataloader().sampler.schedule.step(0) for i in slot[0]]
+    assert len(examples) == 3 * accumulate
     model = AutoModelForCausalLM.from_pretrained(pico_dir)
-    with torch.no_grad():
-        logits = model(batches[0]["input_ids"], attention_mask=batches[0]["attention_mask"]).logits
-    labels = batches[0]["labels"][:, 1:]
-    picked = logits[:, :-1].log_softmax(-1)[labels != -100]
-    assert losses[0] == pytest.approx(-picked.gather(1, labels[labels != -100][:, None]).mean().item(), abs=1e-5)
+    total, count = torch.zeros(()), 0
+    for example in examples:
+        ids, labels = torch.tensor(example["input_ids"]), torch.tensor(example["labels"])[1:]
+        picked = model(ids[None]).logits[0, :-1].log_softmax(-1)[labels != -100]
+        total = total - picked.gather(1, labels[labels != -100][:, None]).sum()
+        count += int((labels != -100).sum())
+    (total / count).backward()
+    assert record.loss == pytest.approx((total / count).item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(record.gradients[f"model.{name}"], p.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_predict_writes_greedy_completions(pico_dir, tmp_path):

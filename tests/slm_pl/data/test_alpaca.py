@@ -5,12 +5,11 @@ import random
 import pytest
 import torch
 from lightning import LightningModule, Trainer
-from torch.utils.data import SequentialSampler
 
 from slm_pl.data import AlpacaDataModule, CalibrationText
-from slm_pl.data.alpaca import Collator, alpaca_prompt
 from slm_pl.data.corpora import load_calibration
 from slm_pl.data.embedded import docstring_rows
+from slm_pl.data.prompts import alpaca_prompt
 from slm_pl.errors import UsageError
 from tests.helpers.tokenizer import pico_tokenizer
 
@@ -97,12 +96,16 @@ def as_text(row):
 
 
 def unpadded(batches):
-    """(input ids, labels) of every row, cut to where the mask ends."""
-    return [
-        (ids[: int(mask.sum())].tolist(), labels[: int(mask.sum())].tolist())
-        for batch in batches
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
-    ]
+    """(input ids, labels) of every example: of a row, what lies between one position 0 and the next."""
+    found = []
+    for batch in batches:
+        rows = zip(batch["input_ids"], batch["position_ids"], batch["attention_mask"], batch["labels"], strict=True)
+        for ids, positions, mask, labels in rows:
+            tokens = int(mask.sum())
+            starts = [i for i in range(tokens) if positions[i] == 0]
+            for start, end in zip(starts, [*starts[1:], tokens], strict=True):
+                found.append((ids[start:end].tolist(), labels[start:end].tolist()))
+    return found
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
@@ -120,19 +123,9 @@ def test_training_rows_are_prompt_and_learnt_response(tmp_path, suffix, add_bos)
 
     shuffled = list(rows)
     random.Random(3).shuffle(shuffled)
-    assert unpadded(seen["val"]) == [expected(row) for row in shuffled[:3]]
+    assert sorted(unpadded(seen["val"])) == sorted(expected(row) for row in shuffled[:3])
     assert sorted(unpadded(seen["train"])) == sorted(expected(row) for row in shuffled[3:])
-    assert [len(batch["input_ids"]) for batch in seen["train"]] == [5, 4]
-
-
-def test_batches_are_padded_on_the_right_to_their_longest():
-    batch = Collator(pad_id=9)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
-    assert {name: value.tolist() for name, value in batch.items()} == {
-        "input_ids": [[1, 2, 3], [4, 9, 9]],
-        "attention_mask": [[1, 1, 1], [1, 0, 0]],
-        "labels": [[-100, 2, 3], [4, -100, -100]],
-    }
-    assert {value.dtype for value in batch.values()} == {torch.int64}
+    assert [batch["examples"] for batch in seen["train"]] == [5, 4]
 
 
 @pytest.mark.parametrize("has_pad", [True, False])
@@ -141,7 +134,7 @@ def test_padding_uses_the_pad_token_or_else_eos(tmp_path, has_pad):
     if not has_pad:
         tokenizer.pad_token = None
     rows = [{**row, "output": "x" * (1 + 9 * number)} for number, row in enumerate(make_rows(4, with_input=False))]
-    seen = run("fit", AlpacaDataModule(write(tmp_path / "a.json", rows), batch_size=4, val_size=0), tokenizer)
+    seen = run("fit", AlpacaDataModule(write(tmp_path / "a.json", rows), batching="padded", val_size=0), tokenizer)
     (batch,) = seen["train"]
     padding = batch["input_ids"][batch["attention_mask"] == 0]
     assert len(padding) > 0
@@ -187,7 +180,8 @@ def test_token_across_the_boundary_counts_as_response(tmp_path):
 
 def test_max_rows_counts_after_the_shuffle_and_includes_validation(tmp_path):
     rows = make_rows(30)
-    data = AlpacaDataModule(write(tmp_path / "a.json", rows), val_size=2, max_rows=5, batch_size=1, seed=8)
+    path = write(tmp_path / "a.json", rows)
+    data = AlpacaDataModule(path, val_size=2, max_rows=5, batch_size=1, seed=8, batching="padded")
     seen = run("fit", data)
     random.Random(8).shuffle(rows)
     tokenizer = pico_tokenizer()
@@ -205,7 +199,7 @@ def test_training_order_is_shuffled_and_seeded(tmp_path):
     assert orders[0] != orders[2]
     data = AlpacaDataModule(path, val_size=1, batch_size=1, seed=5)
     run("fit", data)
-    stored = [(example["input_ids"], example["labels"]) for example in data.train_examples]
+    stored = [(example["input_ids"], [-100, *example["labels"][1:]]) for example in data.train_examples]
     assert orders[0] != stored
     assert sorted(orders[0]) == sorted(stored)
 
@@ -215,7 +209,12 @@ def test_embedded_rows():
     run("fit", data)
     tokenizer = pico_tokenizer()
     outputs = {alpaca_prompt(row["instruction"]) + row["output"] for row in docstring_rows("train")}
-    whole = [e for e in data.train_examples + data.val_examples if e["input_ids"][-1] == tokenizer.eos_token_id]
+    whole = [
+        e
+        for part in (data.train_examples, data.val_examples)
+        for e in part
+        if e["input_ids"][-1] == tokenizer.eos_token_id
+    ]
     assert whole
     assert {tokenizer.decode(example["input_ids"][:-1]) for example in whole} <= outputs
 
@@ -238,7 +237,7 @@ def test_hub_rows(monkeypatch):
 def test_test_stage_reads_no_rows():
     data = AlpacaDataModule("no/such-data-set")
     assert len(run("test", data)["test"]) == 1
-    assert data.train_examples is None
+    assert data.examples is None
 
 
 def test_predict_continues_the_validation_instructions(tmp_path):
@@ -315,6 +314,7 @@ def test_unusable_files(tmp_path):
         ({"val_size": -1}, r"data\.val_size is -1; allowed are whole numbers from 0"),
         ({"max_rows": 0}, r"data\.max_rows is 0"),
         ({"num_workers": -2}, r"data\.num_workers is -2"),
+        ({"global_batch_size": 0}, r"data\.global_batch_size is 0; allowed are whole numbers from 1"),
     ],
 )
 def test_ranges(options, message):
@@ -329,9 +329,91 @@ def test_tokenizer_without_eos(tmp_path):
         run("fit", AlpacaDataModule(write(tmp_path / "a.json", make_rows(4)), val_size=1), tokenizer)
 
 
-def test_validation_keeps_its_order(tmp_path):
-    data = AlpacaDataModule(write(tmp_path / "a.json", make_rows(9)), val_size=5, eval_batch_size=2)
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+def test_validation_keeps_its_order_or_goes_by_length(tmp_path, batching):
+    data = AlpacaDataModule(write(tmp_path / "a.json", make_rows(9)), val_size=5, eval_batch_size=2, batching=batching)
     seen = run("validate", data)
-    assert unpadded(seen["val"]) == [(example["input_ids"], example["labels"]) for example in data.val_examples]
+    stored = [(example["input_ids"], example["labels"]) for example in data.val_examples]
+    if batching == "packed":
+        stored.sort(key=lambda pair: -len(pair[0]))
+    assert unpadded(seen["val"]) == stored
     assert [len(batch["labels"]) for batch in seen["val"]] == [2, 2, 1]
-    assert isinstance(data.val_dataloader().sampler, SequentialSampler)
+
+
+def test_global_batch_decides_how_many_micro_batches_are_accumulated(tmp_path, caplog):
+    path = write(tmp_path / "a.json", make_rows(30))
+    data = AlpacaDataModule(path, val_size=2, batch_size=4, global_batch_size=10)
+    with caplog.at_level(logging.INFO):
+        seen = run("fit", data)
+    assert "10 examples an optimizer step: 1 device(s) x 3 micro-batch(es) of about 3.33333, packed" in caplog.text
+    assert data.trainer.accumulate_grad_batches == 3
+    assert data.trainer.global_step == 3  # of 10, 10 and 8 rows
+    assert [sum(b["examples"] for b in seen["train"][i : i + 3]) for i in (0, 3, 6)] == [10, 10, 8]
+    with pytest.raises(UsageError, match="accumulate_grad_batches is 5, but data.global_batch_size = 10 .* takes 3"):
+        run("fit", AlpacaDataModule(path, val_size=2, global_batch_size=10), accumulate_grad_batches=5)
+    plain = AlpacaDataModule(path, val_size=2, batch_size=4)
+    run("fit", plain, accumulate_grad_batches=2)
+    assert plain.trainer.global_step == 4  # of 8
+
+
+def test_tokens_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLM_PL_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "a.json", make_rows(20))
+    first = AlpacaDataModule(path, val_size=3)
+    seen = unpadded(run("fit", first)["train"])
+    (kept,) = (tmp_path / "cache" / "tokenised").glob("*.arrow")
+    before = kept.stat().st_mtime_ns
+    monkeypatch.setattr("slm_pl.data.alpaca.encode", lambda *_: pytest.fail("tokenised again"))
+    assert unpadded(run("fit", AlpacaDataModule(path, val_size=3))["train"]) == seen
+    assert kept.stat().st_mtime_ns == before
+    monkeypatch.undo()
+    monkeypatch.setenv("SLM_PL_CACHE", str(tmp_path / "cache"))
+    # other rows, another cutoff and another tokenizer are another entry
+    run("fit", AlpacaDataModule(path, val_size=3, cutoff=60))
+    run("fit", AlpacaDataModule(path, val_size=3), pico_tokenizer(add_bos=True))
+    run("fit", AlpacaDataModule(write(tmp_path / "b.json", make_rows(21)), val_size=3))
+    assert len(list((tmp_path / "cache" / "tokenised").glob("*.arrow"))) == 4
+    # one that is broken is made anew
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert unpadded(run("fit", AlpacaDataModule(path, val_size=3))["train"]) == seen
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_chat_rows_are_the_template_and_the_response_is_learnt_with_its_end(tmp_path, add_bos):
+    tokenizer = pico_tokenizer(add_bos=add_bos)
+    tokenizer.chat_template = ("<s>" if add_bos else "") + TEMPLATE
+    row = {"instruction": "Sort", "input": "3 2 1", "output": "1 2 3"}
+    data = AlpacaDataModule(write(tmp_path / "a.json", [row]), val_size=0, prompt="chat")
+    ((ids, labels),) = unpadded(run("fit", data, tokenizer)["train"])
+    head = tokenizer("<|user|>\nSort\n\n3 2 1</s>\n<|assistant|>\n").input_ids  # one BOS, not two
+    answer = [*tokenizer("1 2 3", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    assert ids == head + answer  # the line end that the template has behind it is nothing to learn
+    assert labels == [-100] * len(head) + answer
+    prompts = write(tmp_path / "p.jsonl", [row])
+    ((found),) = run("predict", AlpacaDataModule("no/such", prompt="chat", prompts=prompts), tokenizer)["predict"]
+    assert tokenizer(found["prompt"]).input_ids == head
+
+
+def test_a_template_whose_turn_ends_with_another_token_learns_the_eos_too(tmp_path):
+    tokenizer = pico_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("</s>", "<end>")
+    row = {"instruction": "Sort", "output": "1 2 3"}
+    data = AlpacaDataModule(write(tmp_path / "a.json", [row]), val_size=0, prompt="chat")
+    ((ids, _),) = unpadded(run("fit", data, tokenizer)["train"])
+    assert tokenizer.decode(ids) == "<|user|>\nSort<end>\n<|assistant|>\n1 2 3<end>\n</s>"
+
+
+def test_chat_without_a_template_or_with_one_that_fails(tmp_path):
+    path = write(tmp_path / "a.json", make_rows(3))
+    with pytest.raises(UsageError, match="tokenizer has no chat template.*data.prompt: alpaca"):
+        run("fit", AlpacaDataModule(path, val_size=1, prompt="chat"))
+    tokenizer = pico_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(UsageError, match="chat template fails with TemplateError: no"):
+        run("fit", AlpacaDataModule(path, val_size=1, prompt="chat"), tokenizer)

@@ -1,0 +1,63 @@
+"""Tokenised examples on disk: made once for each content, tokenizer and setting, then mapped into memory."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from slm_pl import files
+from slm_pl.loading import cache_directory
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+"""Version of what the cached columns mean."""
+
+
+def fingerprint(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, object], texts: Sequence[object]) -> str:
+    """Sha256 of everything that decides the token ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    known = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    digest = hashlib.sha256(known.encode())
+    special = {"format": FORMAT, "eos": tokenizer.eos_token_id, "chat_template": tokenizer.chat_template, **settings}
+    digest.update(json.dumps(special, sort_keys=True).encode())
+    digest.update(json.dumps(texts).encode())
+    return digest.hexdigest()
+
+
+def tokenised(
+    texts: Sequence[Mapping[str, object]],
+    function: Callable[[dict[str, list[object]]], Mapping[str, Sequence[object]]],
+    key: str,
+    batch_size: int = 1000,
+) -> "Dataset":
+    """Runs ``function`` over rows in batches and keeps what it returns in Arrow's format in the cache directory.
+
+    Args:
+        texts: The rows; not kept.
+        function: Takes columns, returns columns, of any length.
+        key: Their :func:`fingerprint`; an entry of that name is used again.
+        batch_size: Rows that ``function`` gets at once.
+    """
+    from datasets import Dataset
+    from pyarrow import ArrowException
+
+    path = cache_directory() / "tokenised" / f"{key}.arrow"
+    if path.is_file():
+        try:
+            return Dataset.from_file(str(path))
+        except (OSError, ArrowException):  # a disk that was full
+            path.unlink()
+    files.make_directory(path.parent)
+    rows = Dataset.from_list([dict(row) for row in texts])
+    return rows.map(
+        function,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=rows.column_names,
+        cache_file_name=str(path),  # written under a temporary name and moved, so it is whole or absent
+        new_fingerprint=key[:16],
+        desc="Tokenising",
+    )
