@@ -1,24 +1,33 @@
 """Writes the compressed model as an ordinary Hugging Face checkpoint."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.base import CompressionCallback, EarlyCheck, on_first_rank
-from slm_pl import files
+from slm_pl import files, sharding
 from slm_pl.console import load_example
 from slm_pl.errors import UsageError
 from slm_pl.export import needs_own_code, save_compressed
 from slm_pl.module import CausalLM, may_overwrite
 from slm_pl.pictures import load_figures
+from slm_pl.trainer import TrainedCallback
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-class ExportCheckpoint(EarlyCheck):
+class ExportCheckpoint(EarlyCheck, TrainedCallback):
     """Exports at the end of ``fit``, LoRA merged; in ``prune``, right after compression.
+
+    LoRA is merged in float32 and rounded to the model's dtype once. Of a model that DeepSpeed's stage 3 has spread over
+    the processes, the first one gathers the weights, one module at a time, in its main memory.
 
     The directory holds safetensors, config, generation config, tokenizer, every ``plan.json`` and a model card. It
     needs nothing but transformers to load, and appears only when it is whole. If the layers differ in width, it brings
@@ -34,12 +43,17 @@ class ExportCheckpoint(EarlyCheck):
     Args:
         output_dir: Where the model goes.
         compressed_dir: In ``fit``, also export the compressed model as it is before training, to measure it by itself.
+            A run that goes on from a checkpoint leaves the one that is there.
+        weights: After ``fit``, those of the ``best`` checkpoint, if a ModelCheckpoint monitors a figure, or the
+            ``last`` ones.
 
     Raises:
         UsageError: Before any work, if a directory is not empty and ``--overwrite`` was not given.
     """
 
-    def __init__(self, output_dir: str, compressed_dir: str | None = None) -> None:
+    def __init__(
+        self, output_dir: str, compressed_dir: str | None = None, weights: Literal["best", "last"] = "best"
+    ) -> None:
         if compressed_dir is not None and (_holds(output_dir, compressed_dir) or _holds(compressed_dir, output_dir)):
             raise UsageError(
                 f"output_dir is {output_dir} and compressed_dir is {compressed_dir}; give two "
@@ -47,6 +61,7 @@ class ExportCheckpoint(EarlyCheck):
             )
         self.output_dir = output_dir
         self.compressed_dir = compressed_dir
+        self.weights = weights
 
     def check(self, trainer: pl.Trainer) -> None:
         """Refuses what would fail at the end, before the search starts."""
@@ -57,10 +72,11 @@ class ExportCheckpoint(EarlyCheck):
                 "callbacks.ExportCheckpoint stands above a compression callback and would export the model before it. "
                 "Move it below in trainer.callbacks."
             )
-        if directories and _is_sharded(trainer.strategy):
+        if directories and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise UsageError(
-                f"{type(trainer.strategy).__name__} shards the weights, and the export does not gather them yet. "
-                "Use ddp or DeepSpeed stage 1 or 2, or remove callbacks.ExportCheckpoint."
+                f"{type(trainer.strategy).__name__} spreads the weights over the processes, and the export cannot "
+                "gather them. Use ddp, or DeepSpeed's stage 3, which spreads them as well: "
+                "configs/parts/strategy_deepspeed_3.yaml."
             )
         on_first_rank(trainer, lambda: self._check_directories(trainer, directories))
 
@@ -83,15 +99,26 @@ class ExportCheckpoint(EarlyCheck):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Exports the model between compression and LoRA."""
+        assert isinstance(pl_module, CausalLM)
         self.check(trainer)
         if getattr(trainer, "pruning", False):
-            self._export(trainer, pl_module, self.output_dir, recovered=False)
-        elif stage == "fit" and self.compressed_dir is not None:
-            self._export(trainer, pl_module, self.compressed_dir, recovered=False)
+            self._export(trainer, pl_module, pl_module.load_model(), self.output_dir, recovered=False)
+        elif stage == "fit" and self.compressed_dir in self._directories(trainer):
+            assert self.compressed_dir is not None
+            self._export(trainer, pl_module, pl_module.load_model(), self.compressed_dir, recovered=False)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_trained(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Exports the trained model."""
-        self._export(trainer, pl_module, self.output_dir, recovered=True)
+        assert isinstance(pl_module, CausalLM)
+        assert pl_module.model is not None
+        if self.weights == "best":
+            _load_best(trainer, pl_module)
+        if sharding.is_sharded(trainer.strategy):
+            assert isinstance(trainer.strategy, DeepSpeedStrategy)
+            model = sharding.merged_on_first_rank(pl_module.model, trainer.strategy)
+        else:
+            model = pl_module.merge_adapters()
+        self._export(trainer, pl_module, model, self.output_dir, recovered=True)
 
     def _directories(self, trainer: pl.Trainer) -> list[str]:
         """What this run writes; nothing in validate, test and predict."""
@@ -99,30 +126,51 @@ class ExportCheckpoint(EarlyCheck):
             return [self.output_dir]
         if trainer.state.fn != TrainerFn.FITTING:
             return []
-        return [self.output_dir, *filter(None, [self.compressed_dir])]
+        made = trainer.ckpt_path is not None and (Path(self.compressed_dir or "") / "config.json").is_file()
+        return [self.output_dir, *filter(None, [None if made else self.compressed_dir])]
 
-    def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, directory: str, recovered: bool) -> None:
-        assert isinstance(pl_module, CausalLM)
-        model = pl_module.merge_adapters() if recovered else pl_module.load_model()
+    def _export(
+        self,
+        trainer: pl.Trainer,
+        pl_module: CausalLM,
+        model: "PreTrainedModel | None",
+        directory: str,
+        recovered: bool,
+    ) -> None:
+        """Writes the model that the first rank has."""
         tokenizer, plans, overwrite = pl_module.tokenizer, pl_module.plans, may_overwrite(trainer)
         source = pl_module.source.directory
 
-        def write() -> None:
+        def write() -> bool:
+            assert model is not None
             carried = {} if source is None else load_figures(source, len(plans))
+            if recovered:
+                pl_module.draw_history()
             figures = {**carried, **pl_module.figures}
             save_compressed(model, tokenizer, directory, plans, recovered, overwrite, figures)
+            return needs_own_code(model)
 
-        on_first_rank(trainer, write)
-        rank_zero_info(f"Exported to {directory}. Load it with:\n{load_example(directory, needs_own_code(model))}")
+        own_code = on_first_rank(trainer, write)
+        rank_zero_info(f"Exported to {directory}. Load it with:\n{load_example(directory, own_code)}")
+
+
+def _load_best(trainer: pl.Trainer, pl_module: CausalLM) -> None:
+    """Puts the weights of the best checkpoint into the model, on all ranks."""
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
+            continue
+        path, score = callback.best_model_path, callback.best_model_score
+        if not path or not on_first_rank(trainer, Path(path).exists):
+            continue
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            sharding.load_trained(trainer.strategy, path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            pl_module.load_state_dict(state, strict=False)
+        rank_zero_info(f"Weights of the best checkpoint, {callback.monitor} = {score:.4g}: {path}")
+        return
 
 
 def _holds(outer: str, inner: str) -> bool:
     """Whether ``inner`` is ``outer``, or lies in it."""
     return Path(inner).resolve().is_relative_to(Path(outer).resolve())
-
-
-def _is_sharded(strategy: Strategy) -> bool:
-    """Whether each process holds only a part of every weight during training."""
-    if isinstance(strategy, DeepSpeedStrategy):
-        return strategy.zero_stage_3
-    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)

@@ -120,6 +120,7 @@ _ALT_TEXTS = {
     TRACE: "Every try of the search",
     IMPORTANCE: "The score of every layer",
     WIDTHS: "How wide every layer is",
+    "learning_curves": "Losses and learning rate of the training",
 }
 
 

@@ -210,6 +210,8 @@ class CausalLM(pl.LightningModule):
                 f"Validation is every {trainer.val_check_batch} micro-batches, the next multiple of the "
                 f"{micro_batches} of an optimizer step"
             )
+        if trainer.ckpt_path is not None:
+            cast("Trainer", trainer).catch_up_validation({step for step, _ in self.history["val/loss"]})
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the sum of -log p over the labels of a micro-batch, and what distillation adds to it by name."""

@@ -69,12 +69,17 @@ def load_sharded(
 
     Raises:
         UsageError: If there is no such model, or it lacks weights, or they are not as the config says, or transformers
-            would have to convert them.
+            would have to convert them; or if the strategy divides weights in another way.
     """
     from deepspeed.runtime.zero import partition_parameters
     from transformers import GenerationConfig
 
     context = partition_parameters.top_level_context
+    if context is None:
+        raise UsageError(
+            "Of the strategies that spread the weights over the processes, only DeepSpeed's stage 3 is supported: "
+            "configs/parts/strategy_deepspeed_3.yaml."
+        )
     with whole_parameters(), ExitStack() as stack:
         config = loading.read_config(source)
         stored = _open(source, stack)
@@ -123,7 +128,7 @@ def _open(source: loading.Source, stack: ExitStack) -> dict[str, Any]:
         index = directory / "model.safetensors.index.json"
         if index.is_file():
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for name in files:
+        for name in sorted(files):
             file = stack.enter_context(safe_open(directory / name, framework="pt"))
             stored |= dict.fromkeys(file.keys(), file)
     except Exception as error:

@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +37,18 @@ class _Signals(_SignalConnector):
 
     def _slurm_sigusr_handler_fn(self, signum: int, _: FrameType | None) -> None:
         self.trainer.stop_signal = signum
+
+
+class TrainedCallback(pl.Callback, ABC):
+    """A callback that works on the trained model."""
+
+    @abstractmethod
+    def on_trained(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called on every rank when a fit has nothing left to train, after all checkpoints were written.
+
+        Unlike in Lightning's ``on_train_end``, that is also so for a run that resumes where the last step was made; and
+        unlike in ``on_fit_end``, the strategy still has its hold of the weights.
+        """
 
 
 class Trainer(pl.Trainer):
@@ -123,6 +137,31 @@ class Trainer(pl.Trainer):
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)  # noqa: S603, S607
         # Lightning takes a child process that fails for a reason to kill all others.
         raise SystemExit(128 + (self.stop_signal or signal.SIGTERM) if self.is_global_zero else 0)
+
+    def catch_up_validation(self, done: Collection[int]) -> None:
+        """Validates where the run stopped after an optimizer step and before the validation that was due behind it.
+
+        Lightning takes it for done, and the best checkpoint could be another one.
+
+        Args:
+            done: The optimizer steps after which there was a validation.
+        """
+        loop, fetcher = self.fit_loop.epoch_loop, self.fit_loop._data_fetcher
+        ready = loop.batch_progress.current.ready
+        if fetcher is None or not ready or self.global_step in done or not loop._should_check_val_fx(fetcher):
+            return
+        loop.val_loop.restarting = False
+        self.validating = True
+        loop.val_loop.run()
+        self.training = True
+
+    def _run_stage(self) -> Any:
+        result = super()._run_stage()
+        if self.state.fn == TrainerFn.FITTING:
+            for callback in self.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, TrainedCallback):
+                    callback.on_trained(self, self.lightning_module)
+        return result
 
     def _run(
         self,

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from slm_pl.errors import UsageError
-
 IGNORED_LABEL = -100
 
 Batching = Literal["packed", "grouped", "padded"]
@@ -243,34 +241,20 @@ class MicroBatches(Dataset[Batch]):
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A loader of :class:`MicroBatches` that a checkpoint may not be continued on with other data.
+    """A loader that asks its sampler where to start when the first batch is wanted.
 
-    Args:
-        identity: What decides the batches of a step, by the name of the option.
-        micro_batches: Micro-batches of a step in each process.
+    Lightning makes the iterator long before, when it does not know yet how many steps the checkpoint had done.
     """
 
-    def __init__(self, identity: dict[str, str | int], micro_batches: int, **options: Any) -> None:
-        super().__init__(batch_size=None, **options)
-        self.identity: dict[str, str | int] = {**identity, "micro_batches": micro_batches}
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from super().__iter__()
 
-    def state_dict(self) -> dict[str, str | int]:
-        """What Lightning puts into a checkpoint."""
-        return dict(self.identity)
+    def state_dict(self) -> dict[str, int]:
+        """Nothing: the optimizer step says where to start. Lightning takes loaders without this for not resumable."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, str | int]) -> None:
-        """Compares it with this run.
-
-        Raises:
-            UsageError: If the checkpoint was trained on other batches.
-        """
-        for name, value in self.identity.items():
-            if state.get(name) != value:
-                raise UsageError(
-                    f"The checkpoint was trained with {name} = {state.get(name)!r}, this run has {value!r}, so it "
-                    "would not go on with the same batches. Resume with the data options and the number of devices of "
-                    "the run that wrote it, or start anew without --ckpt_path."
-                )
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing."""
 
 
 def only(items: list[Any]) -> Any:

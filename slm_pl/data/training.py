@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
@@ -170,6 +171,9 @@ class TrainingData(LightningDataModule):
                     f"device(s) takes {needed}. Leave one of the two away."
                 )
             trainer.accumulate_grad_batches = needed
+        if isinstance(trainer.strategy, DeepSpeedStrategy) and isinstance(trainer.strategy.config, dict):
+            # For its logs only. Lightning would look for it in a batch sampler.
+            trainer.strategy.config.setdefault("train_micro_batch_size_per_gpu", self.batch_size)
         rank_zero_info(
             f"{self._global_batch} examples an optimizer step: {trainer.world_size} device(s) x "
             f"{trainer.accumulate_grad_batches} micro-batch(es) of about "
@@ -190,20 +194,44 @@ class TrainingData(LightningDataModule):
             self.batching,
             self.seed,
         )
-        identity: dict[str, str | int] = {
-            "the fingerprint of its examples": examples.key,
-            "the number of training examples": len(examples.train),
+        sampler = StepSampler(schedule, trainer.global_rank, lambda: trainer.global_step)
+        return self._loader(examples.train, self.batching == "packed", sampler)
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What decides the batches of a step, by name."""
+        assert self.trainer is not None
+        assert self.examples is not None
+        return {
             "data.seed": self.seed,
-            "data.global_batch_size": self._global_batch,
             "data.batching": self.batching,
-            "the number of devices": trainer.world_size,
+            "data.global_batch_size": self._global_batch,
+            "the number of devices": self.trainer.world_size,
+            "the number of micro-batches of a step": self.trainer.accumulate_grad_batches,
+            "the number of training examples": len(self.examples.train),
+            "the fingerprint of its tokens": self.examples.key[:16],
         }
-        return self._loader(
-            examples.train,
-            self.batching == "packed",
-            StepSampler(schedule, trainer.global_rank, lambda: trainer.global_step),
-            identity,
-        )
+
+    def state_dict(self) -> dict[str, str | int]:
+        """What a checkpoint says of its data."""
+        return self.identity if self.examples is not None and self.trainer.state.fn == TrainerFn.FITTING else {}  # type: ignore[union-attr]
+
+    def load_state_dict(self, state: dict[str, str | int]) -> None:
+        """Compares it with this run.
+
+        Raises:
+            UsageError: If training would not go on with the same batches.
+        """
+        assert self.trainer is not None
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        for name, value in self.identity.items():
+            if state.get(name) != value:
+                raise UsageError(
+                    f"The checkpoint was trained with {name} = {state.get(name)!r}, this run has {value!r}, so it "
+                    "would not go on with the same batches. Resume with the data options and the number of devices of "
+                    "the run that wrote it, or start anew without --ckpt_path."
+                )
 
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
         """The validation examples, sorted by length unless as drawn; no loader where ``val_size`` is 0."""
@@ -226,19 +254,16 @@ class TrainingData(LightningDataModule):
             "padded",
             None,
         )
-        return self._loader(val, False, StepSampler(schedule, trainer.global_rank, lambda: 0), {})
+        return self._loader(val, False, StepSampler(schedule, trainer.global_rank, lambda: 0))
 
-    def _loader(
-        self, examples: "Dataset", packed: bool, sampler: StepSampler, identity: dict[str, str | int]
-    ) -> ResumableLoader:
+    def _loader(self, examples: "Dataset", packed: bool, sampler: StepSampler) -> ResumableLoader:
         assert self.examples is not None
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         columns = examples.select_columns(list(Example.__annotations__))
         return ResumableLoader(
-            identity,
-            sampler.schedule.micro_batches,
-            dataset=MicroBatches(columns, eos if pad is None else pad, self.row_length if packed else None),
+            MicroBatches(columns, eos if pad is None else pad, self.row_length if packed else None),
             sampler=sampler,
+            batch_size=None,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )

@@ -180,7 +180,7 @@ def test_plan_path_skips_the_search_and_needs_no_calibration_text(pico_dir, tmp_
 
 def test_search_needs_the_data_module(pico_dir, tmp_path):
     trainer = make_trainer(tmp_path, Drop([0]))
-    with pytest.raises(UsageError, match="Drop needs calibration text from a data module of slm_pl.data.*; got NoneType"):
+    with pytest.raises(UsageError, match="Drop needs calibration text from .* slm_pl.data.*; got NoneType"):
         trainer.predict(make_module(pico_dir), torch.utils.data.DataLoader([{"prompt": "a"}]))
 
 

@@ -4,8 +4,7 @@ import random
 import pytest
 import torch
 
-from slm_pl.data.batching import ResumableLoader, Schedule, Slot, StepSampler, collate, pack
-from slm_pl.errors import UsageError
+from slm_pl.data.batching import MicroBatches, ResumableLoader, Schedule, Slot, StepSampler, collate, pack
 
 LENGTHS = random.Random(5).choices(range(3, 60), k=103)
 
@@ -124,8 +123,17 @@ def test_sampler_starts_where_the_run_is():
     assert list(samplers[0])[0] == plan.step(7)[0]
 
 
-def test_a_checkpoint_of_other_batches_is_refused():
-    loader = ResumableLoader({"data.seed": 3}, 2, dataset=[1], sampler=[0])
-    loader.load_state_dict({"data.seed": 3, "micro_batches": 2})
-    with pytest.raises(UsageError, match="trained with micro_batches = 4, this run has 2"):
-        loader.load_state_dict({"data.seed": 3, "micro_batches": 4})
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loader_asks_where_to_start_when_the_first_batch_is_wanted(num_workers):
+    done = [0]
+    plan = schedule(world_size=1, batching="padded", seed=None)
+    loader = ResumableLoader(
+        MicroBatches([{"input_ids": [i], "labels": [i]} for i in range(103)], 0, None),
+        sampler=StepSampler(plan, 0, lambda: done[0]),
+        batch_size=None,
+        num_workers=num_workers,
+    )
+    batches = iter(loader)
+    done[0] = 2
+    assert next(batches)["input_ids"][:, 0].tolist() == list(range(32, 40))
+    assert next(batches)["input_ids"][:, 0].tolist() == list(range(40, 48))

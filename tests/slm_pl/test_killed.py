@@ -1,0 +1,226 @@
+"""Runs that are killed or asked to stop, as real processes of the command line, and go on."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["slm_pl.cli", "callbacks", "transformers.models.llama", "peft", "datasets", "matplotlib"]
+)
+
+
+def command(arguments: list[str], log: str, fault: Callable[[], None] | None) -> None:
+    """``main.py`` with these arguments in this process; what it says goes to a file."""
+    from slm_pl.cli import main
+
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    if fault is not None:
+        fault()
+    main(arguments)
+
+
+def start(config: Path, *arguments: str, fault: Callable[[], None] | None = None):
+    process = CONTEXT.Process(
+        target=command,
+        args=(["fit", "--config", str(config), *arguments], str(config.with_name("log.txt")), fault),
+    )
+    process.start()
+    return process
+
+
+def finish(config: Path, *arguments: str, fault: Callable[[], None] | None = None) -> int:
+    process = start(config, *arguments, fault=fault)
+    process.join()
+    return process.exitcode
+
+
+def write_config(directory: Path, pico_dir: Path, rows: Path) -> Path:
+    """A run of 20 optimizer steps with dropout, a checkpoint after each, and one of the best validation loss."""
+    directory.mkdir(exist_ok=True)
+    checkpoints = {"dirpath": str(directory / "checkpoints"), "enable_version_counter": False}
+    callback = "lightning.pytorch.callbacks.ModelCheckpoint"
+    config = {
+        "model": {"pretrained": str(pico_dir), "warmup_steps": 2, "learning_rate": 1e-2},
+        "data": {
+            "path": str(rows),
+            "val_size": 4,
+            "batch_size": 2,
+            "global_batch_size": 4,
+            "calibration": {"samples": 2},
+        },
+        "trainer": {
+            "default_root_dir": str(directory),
+            "accelerator": "cpu",
+            "logger": False,
+            "max_epochs": 4,
+            "val_check_interval": 0.5,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "callbacks.SlidingWindowMerging", "init_args": {"remove_layers": 2}},
+                {
+                    "class_path": "callbacks.ExportCheckpoint",
+                    "init_args": {
+                        "output_dir": str(directory / "export"),
+                        "compressed_dir": str(directory / "compressed"),
+                    },
+                },
+                {"class_path": callback, "init_args": {**checkpoints, "every_n_train_steps": 1, "save_last": True}},
+                {"class_path": callback, "init_args": {**checkpoints, "monitor": "val/loss", "filename": "best"}},
+            ],
+        },
+    }
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    return directory / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"instruction": f"Say {n}", "output": f"number {n} " * (n % 5 + 1)}) + "\n" for n in range(24)
+        )
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(pico_dir, rows, tmp_path_factory) -> tuple[Path, float]:
+    """The directory of an uninterrupted run, and how long it took."""
+    config = write_config(tmp_path_factory.mktemp("whole") / "run", pico_dir, rows)
+    finish(config.with_name("config.yaml"), "--print_config")  # the first process waits for the preloading
+    began = time.monotonic()
+    assert finish(config) == 0, config.with_name("log.txt").read_text()[-2000:]
+    return config.parent, time.monotonic() - began
+
+
+def assert_the_same(run: Path, whole: Path) -> None:
+    """Equal losses at every step, equal weights, and nothing half-written left behind."""
+    states = [torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (run, whole)]
+    assert states[0]["global_step"] == states[1]["global_step"] == 20
+    assert states[0]["history"] == states[1]["history"]
+    assert [step for step, _ in states[0]["history"]["train/loss"]] == list(range(1, 21))
+    for name, value in states[1]["state_dict"].items():
+        assert torch.equal(states[0]["state_dict"][name], value), name
+    exports = [(path / "export" / "model.safetensors").read_bytes() for path in (run, whole)]
+    assert exports[0] == exports[1]
+    assert [path.name for path in run.rglob("*.partial")] == []
+
+
+def partly(times: int) -> None:
+    """SIGKILL in the middle of the ``times``-th write of a checkpoint file."""
+    from lightning.fabric.plugins.io import torch_io
+
+    atomic, calls = torch_io._atomic_save, itertools.count(1)
+
+    def save(checkpoint: dict, path: str) -> None:
+        atomic(checkpoint, path)
+        if next(calls) == times:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch_io._atomic_save = save
+
+
+def after(times: int) -> None:
+    """SIGKILL just after the ``times``-th checkpoint was moved into place."""
+    from slm_pl import trainer
+
+    replace, calls = trainer._replace, itertools.count(1)
+
+    def move(partial: Path, path: Path) -> None:
+        replace(partial, path)
+        if next(calls) == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer._replace = move
+
+
+class Fault:
+    """Something that pickles."""
+
+    def __init__(self, kind: str, times: int) -> None:
+        self.kind, self.times = kind, times
+
+    def __call__(self) -> None:
+        {"partly": partly, "after": after}[self.kind](self.times)
+
+
+@pytest.mark.parametrize("kind", ["partly", "after"])
+def test_killed_while_a_checkpoint_is_written(whole, pico_dir, rows, tmp_path, kind):
+    config = write_config(tmp_path / "run", pico_dir, rows)
+    for times in (3, 9):
+        assert finish(config, "--ckpt_path", "last", fault=Fault(kind, times)) == -signal.SIGKILL
+    plan = (config.parent / "plan.json").stat().st_mtime_ns
+    assert finish(config, "--ckpt_path", "last") == 0, config.with_name("log.txt").read_text()[-2000:]
+    assert (config.parent / "plan.json").stat().st_mtime_ns >= plan
+    log = config.with_name("log.txt").read_text()
+    assert log.count("resuming with the plan") == 2  # the search ran in the first process only
+    assert_the_same(config.parent, whole[0])
+
+
+@pytest.mark.long
+def test_killed_at_a_dozen_random_moments(whole, pico_dir, rows, tmp_path):
+    config = write_config(tmp_path / "run", pico_dir, rows)
+    generator = random.Random(1)
+    killed = 0
+    while killed < 12:
+        process = start(config, "--ckpt_path", "last", "--trainer.max_epochs", "4")
+        process.join(generator.uniform(0.2, 1.1) * whole[1])
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            killed += 1
+        else:
+            assert process.exitcode == 0, config.with_name("log.txt").read_text()[-2000:]
+            assert_the_same(config.parent, whole[0])
+            # begin again: nothing that the last runs left may stand in the way
+            config = write_config(tmp_path / f"run{killed}", pico_dir, rows)
+    assert finish(config, "--ckpt_path", "last") == 0, config.with_name("log.txt").read_text()[-2000:]
+    assert_the_same(config.parent, whole[0])
+
+
+def test_sigterm_saves_and_ends(whole, pico_dir, rows, tmp_path):
+    config = write_config(tmp_path / "run", pico_dir, rows)
+    process = start(config)
+    wait_for(config.parent / "checkpoints" / "last.ckpt")
+    process.terminate()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    log = config.with_name("log.txt").read_text()
+    assert "Asked to stop, so this run ends after optimizer step" in log
+    assert "Traceback" not in log
+    assert not (config.parent / "export").exists()
+    stopped = torch.load(config.parent / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert f"after optimizer step {stopped}." in log
+    assert finish(config, "--ckpt_path", "last") == 0
+    assert_the_same(config.parent, whole[0])
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.01)
+
+
+def test_last_begins_where_there_is_no_checkpoint(pico_dir, rows, tmp_path):
+    config = write_config(tmp_path / "run", pico_dir, rows)
+    assert finish(config, "--ckpt_path", "last", "--trainer.max_steps", "1") == 0
+    assert "There is no checkpoint in" in config.with_name("log.txt").read_text()
