@@ -48,7 +48,8 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
             ``last`` ones.
 
     Raises:
-        UsageError: Before any work, if a directory is not empty and ``--overwrite`` was not given.
+        UsageError: Before any work, if a directory is not empty and neither ``--overwrite`` nor ``--ckpt_path last``
+            was given.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
                         f"The export directory {directory} holds {own}, where this run keeps its own files. Give a "
                         f"directory of its own, such as {Path(own) / 'export'}."
                     )
-            files.check_output_directory(directory, may_overwrite(trainer))
+            files.check_output_directory(directory, _may_replace(trainer))
             path = Path(directory)
             if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
                 raise UsageError(
@@ -138,7 +139,7 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
         recovered: bool,
     ) -> None:
         """Writes the model that the first rank has."""
-        tokenizer, plans, overwrite = pl_module.tokenizer, pl_module.plans, may_overwrite(trainer)
+        tokenizer, plans, overwrite = pl_module.tokenizer, pl_module.plans, _may_replace(trainer)
         source = pl_module.source.directory
 
         def write() -> bool:
@@ -152,6 +153,11 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
 
         own_code = on_first_rank(trainer, write)
         rank_zero_info(f"Exported to {directory}. Load it with:\n{load_example(directory, own_code)}")
+
+
+def _may_replace(trainer: pl.Trainer) -> bool:
+    """Whether an export that is there may go; a run that goes on may have been stopped just behind its own."""
+    return may_overwrite(trainer) or bool(getattr(trainer, "resuming", False))
 
 
 def _load_best(trainer: pl.Trainer, pl_module: CausalLM) -> None:

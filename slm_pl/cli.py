@@ -102,6 +102,7 @@ class CLI(LightningCLI):
             kwargs["weights_only"] = kwargs["weights_only"] is not False  # a checkpoint is never unpickled by default
         if kwargs.get("ckpt_path") == "last":
             trainer = cast(Trainer, self.trainer)
+            trainer.resuming = True
             newest = trainer.newest_checkpoint()
             if newest is None:
                 directory = trainer.checkpoint_directories[0]

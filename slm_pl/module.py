@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -167,8 +168,13 @@ class CausalLM(pl.LightningModule):
         elif self.lora is None:
             say_trainable(model, "Full fine-tuning")
         elif not self.adapted:
+            if self.lora.dora and sharding.is_sharded(self.trainer.strategy):
+                raise UsageError(
+                    "model.lora.dora needs whole weights, and DeepSpeed's stage 3 spreads them over the processes. Use "
+                    "stage 2, or plain LoRA."
+                )
             # Adapters are kept in fp32, where small updates are not rounded away, unless the run is in 16 bit as a
-            # whole: an adapter in fp32 among 16-bit parameters would stop DeepSpeed.
+            # whole.
             full = self.trainer.precision not in ("bf16-true", "16-true")
             self.model = add_adapters(model, self.lora, full)
         assert self.model is not None
@@ -213,6 +219,16 @@ class CausalLM(pl.LightningModule):
         if trainer.ckpt_path is not None:
             cast("Trainer", trainer).catch_up_validation({step for step, _ in self.history["val/loss"]})
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
+        # A run in 16 bit as a whole casts everything. Transformers keeps the frequencies of rotary embeddings in
+        # float32 whatever the dtype of the weights: rounded, a position of 256 would be off by a tenth of a radian.
+        kept = {name: b for name, b in self.named_buffers() if b.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if name in kept and buffer.dtype != torch.float32:
+                buffer.data = kept[name].to(buffer.device)
+        return self
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the sum of -log p over the labels of a micro-batch, and what distillation adds to it by name."""
         model, distillation = self.plain, self.distillation
@@ -222,7 +238,8 @@ class CausalLM(pl.LightningModule):
         selected = objective.predicting(batch["labels"])
         targets = batch["labels"].roll(-1, 1)[selected]
         if self._teacher is None or not self.training:
-            return objective.negative_log_likelihood(model, states[selected], targets), {}
+            most = batch["most_labels"]
+            return objective.negative_log_likelihood(model, states[selected], targets, most), {}
         scores = logits(model, states[selected])
         likelihood = torch.nn.functional.cross_entropy(scores.float(), targets, reduction="sum")
         return likelihood, self._teacher.losses(inputs, selected, scores, every, batch["attention_mask"])

@@ -61,11 +61,13 @@ class Trainer(pl.Trainer):
     Attributes:
         overwrite: Whether outputs of an earlier run may be replaced.
         pruning: Whether :meth:`prune` is running.
+        resuming: Whether this run goes on with the one of its run directory, though it may have left no checkpoint yet.
         stop_signal: The signal that asked this process to stop, if one came.
     """
 
     overwrite: bool = False
     pruning: bool = False
+    resuming: bool = False
     stop_signal: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -146,16 +148,46 @@ class Trainer(pl.Trainer):
         Args:
             done: The optimizer steps after which there was a validation.
         """
-        loop, fetcher = self.fit_loop.epoch_loop, self.fit_loop._data_fetcher
-        ready = loop.batch_progress.current.ready
-        if fetcher is None or not ready or self.global_step in done or not loop._should_check_val_fx(fetcher):
+        epoch, ready = divmod(self.global_step * self.accumulate_grad_batches, int(self.fit_loop.max_batches))
+        if not ready:
+            epoch, ready = epoch - 1, int(self.fit_loop.max_batches)
+        every, interval = self.check_val_every_n_epoch, self.val_check_batch
+        if every is None:
+            ready = self.global_step * self.accumulate_grad_batches
+        if not self.enable_validation or interval is None or self.global_step in done or (epoch + 1) % (every or 1):
             return
-        loop.val_loop.restarting = False
+        if ready % interval and not (interval == float("inf") and ready == self.fit_loop.max_batches):
+            return
+        loop = self.fit_loop.epoch_loop.val_loop
+        loop.restarting = False
         self.validating = True
-        loop.val_loop.run()
+        loop.run()
         self.training = True
 
+    def _place_loops(self) -> None:
+        """Tells the loops where the run is, by the optimizer steps that were made.
+
+        What a checkpoint says of them differs with the hook it was written in, and is wrong behind one that was written
+        after the last batch of an epoch: Lightning then forgets to count the epoch that it goes on with.
+        """
+        loop = self.fit_loop
+        loop.setup_data()
+        epoch, ready = divmod(self.global_step * self.accumulate_grad_batches, int(loop.max_batches))
+        if not ready and loop.max_epochs == epoch:
+            return
+        epochs, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
+        for part in (epochs.total, epochs.current):
+            part.ready = part.started = epoch + (ready > 0)  # type: ignore[attr-defined]
+            part.processed = part.completed = epoch  # type: ignore[attr-defined]
+        batches.is_last_batch = False
+        for part, count in ((batches.total, self.global_step * self.accumulate_grad_batches), (batches.current, ready)):
+            part.ready = part.started = part.processed = count  # type: ignore[attr-defined]
+            part.completed = count - (ready > 0)  # as in `on_train_batch_end`, or behind an epoch
+        loop.epoch_loop._batches_that_stepped = self.global_step - 1
+
     def _run_stage(self) -> Any:
+        if self.state.fn == TrainerFn.FITTING and self.ckpt_path is not None and self.global_step:
+            self._place_loops()
         result = super()._run_stage()
         if self.state.fn == TrainerFn.FITTING:
             for callback in self.callbacks:  # type: ignore[attr-defined]

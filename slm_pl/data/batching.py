@@ -40,6 +40,7 @@ class Batch(TypedDict):
         labels: What each position holds, where it is to be predicted; -100 elsewhere, and where an example begins.
         step_labels: Labels that count in the whole optimizer step, over all micro-batches and processes.
         step_tokens: Its tokens, padding excluded.
+        most_labels: Labels of that one of its micro-batches that has the most.
         tokens: Tokens of this micro-batch, padding excluded.
         examples: Examples of it.
     """
@@ -50,6 +51,7 @@ class Batch(TypedDict):
     labels: Tensor
     step_labels: int
     step_tokens: int
+    most_labels: int
     tokens: int
     examples: int
 
@@ -60,6 +62,7 @@ class Slot(NamedTuple):
     indices: tuple[int, ...]
     step_labels: int
     step_tokens: int
+    most_labels: int
 
 
 def pack(lengths: Sequence[int], rows: int) -> list[list[int]]:
@@ -105,6 +108,7 @@ def collate(examples: Sequence[Example], pad_id: int, row_length: int | None, sl
         "labels": torch.full(shape, IGNORED_LABEL),
         "step_labels": slot.step_labels,
         "step_tokens": slot.step_tokens,
+        "most_labels": slot.most_labels,
         "tokens": sum(lengths),
         "examples": len(examples),
     }
@@ -174,7 +178,8 @@ class Schedule:
             size, more = divmod(len(indices), self.slots)
             ends = [(slot + 1) * size + min(slot + 1, more) for slot in range(self.slots)]
             parts = [indices[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        return [Slot(tuple(part), labels, tokens) for part in parts]
+        most = max(sum(self.counted[index] for index in part) for part in parts)
+        return [Slot(tuple(part), labels, tokens, most) for part in parts]
 
     def _shuffled(self, epoch: int) -> list[int]:
         generator = random.Random(f"{self.seed} {epoch}")

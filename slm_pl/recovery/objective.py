@@ -55,7 +55,7 @@ def predicting(labels: Tensor) -> Tensor:
     return nn.functional.pad(labels[:, 1:] >= 0, (0, 1))
 
 
-def negative_log_likelihood(model: "PreTrainedModel", states: Tensor, targets: Tensor) -> Tensor:
+def negative_log_likelihood(model: "PreTrainedModel", states: Tensor, targets: Tensor, most: int) -> Tensor:
     """Sum over positions of -log p(target), in float32.
 
     The head, which for small models is as heavy as several layers, runs on these positions only.
@@ -64,14 +64,16 @@ def negative_log_likelihood(model: "PreTrainedModel", states: Tensor, targets: T
         model: For its head.
         states: Final hidden states of the positions that predict a label, ``[positions, hidden]``.
         targets: The labels, ``[positions]``.
+        most: Labels of the micro-batch that has the most, over all processes. It decides in how many slices the head
+            runs: where weights are spread over the processes, they have to run it equally often.
     """
 
     def of(part: Tensor, wanted: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits(model, part).float(), wanted, reduction="sum")
 
     vocabulary = model.get_output_embeddings().out_features
-    size = max(LOGITS_BUDGET // (4 * vocabulary), 1)
-    if len(states) <= size:
+    slices = -(-4 * vocabulary * most // LOGITS_BUDGET)
+    if slices <= 1:
         return of(states, targets)
-    parts = zip(states.split(size), targets.split(size), strict=True)
+    parts = zip(states.tensor_split(slices), targets.tensor_split(slices), strict=True)
     return torch.stack([checkpoint(of, part, wanted, use_reentrant=False) for part, wanted in parts]).sum()

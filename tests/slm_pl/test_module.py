@@ -81,6 +81,19 @@ def test_gradient_checkpointing_changes_no_weight(pico_dir, tmp_path):
         torch.testing.assert_close(value, after[1][name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true"])
+def test_rotary_frequencies_are_never_rounded(pico_dir, tmp_path, precision):
+    module = make_module(pico_dir, dtype="auto" if precision == "32-true" else "bfloat16")
+    make_trainer(tmp_path, precision=precision).fit(module, alpaca_data(tmp_path))
+    expected = AutoModelForCausalLM.from_pretrained(pico_dir).model.rotary_emb.inv_freq
+    found = dict(module.named_buffers())
+    (name,) = (name for name in found if name.endswith("rotary_emb.inv_freq"))
+    assert torch.equal(found[name], expected)
+    assert not torch.equal(expected.bfloat16().float(), expected)
+    weights = {p.dtype for n, p in module.named_parameters() if "lora" not in n}
+    assert weights == {torch.float32 if precision == "32-true" else torch.bfloat16}
+
+
 def test_without_lora_all_weights_train(pico_dir, tmp_path):
     module, seen = make_module(pico_dir, lora=None), Snapshot()
     make_trainer(tmp_path, Drop([0]), checkpointing(tmp_path), seen).fit(module, alpaca_data(tmp_path))

@@ -1,6 +1,8 @@
 """A run that goes on from a checkpoint is the run that was never stopped, bit for bit."""
 
+import contextlib
 import hashlib
+import random
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -107,3 +109,48 @@ def test_other_batches_are_refused(pico_dir, whole, tmp_path, changes, message):
     (tmp_path / "plan.json").write_bytes((whole[0] / "plan.json").read_bytes())
     with pytest.raises(UsageError, match=message):
         fit(pico_dir, tmp_path, ckpt_path=whole[0] / "steps" / "step=3.ckpt", **changes)
+
+
+class StopAt(pl.Callback):
+    """Breaks off at an optimizer step, or at the first validation from it on."""
+
+    def __init__(self, step: int, validating: bool) -> None:
+        self.step, self.validating = step, validating
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not self.validating and trainer.global_step >= self.step:
+            raise InterruptedError
+
+    def on_validation_start(self, trainer, pl_module):
+        if self.validating and trainer.global_step >= self.step:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_stopped_again_and_again(pico_dir, whole, tmp_path, seed):
+    """A checkpoint of a run that went on is as good as one of a run that did not, also at the end of an epoch."""
+    generator, done = random.Random(seed), 0
+    while done < 12:
+        stop = StopAt(done + generator.randint(1, 6), generator.random() < 0.5)
+        last = ModelCheckpoint(
+            tmp_path / "checkpoints",
+            filename="{step}",
+            every_n_train_steps=1,
+            save_last=True,
+            enable_version_counter=False,
+        )
+        best = ModelCheckpoint(
+            tmp_path / "checkpoints", filename="best", monitor="val/loss", enable_version_counter=False
+        )
+        newest = max((tmp_path / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns, default=None)
+        with contextlib.suppress(InterruptedError):
+            fit(pico_dir, tmp_path, stop, last, best, ckpt_path=newest)
+            break
+        done = torch.load(last.last_model_path, weights_only=True)["global_step"]
+    module = fit(pico_dir, tmp_path, last, best, ckpt_path=Path(last.last_model_path))
+    assert module.history == whole[3].history
+    whole_best = [value for _, value in module.history["val/loss"]]
+    assert best.best_model_score.item() == pytest.approx(min(whole_best))
+    state = torch.load(last.last_model_path, weights_only=True)["state_dict"]
+    for key in whole[2].trainable:
+        assert torch.equal(state[key], whole[2].after[key]), key

@@ -30,6 +30,7 @@ TOKENS = IDS % 128
 SMALL = {"vocab_size": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 """A vocabulary so small that no tensor is a large part of the model."""
 KINDS = ("plain", "tied", "files", "half", "gemma3_text", "bloom", "widths")
+TIED = ("tied", "gemma3_text", "bloom", "widths")
 ZERO_3 = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 
 
@@ -51,7 +52,7 @@ class OwnBytes(TensorBytes):
 def make_model(kind: str, directory: Path) -> None:
     """Writes one of :data:`KINDS` as a Hugging Face directory."""
     model_type = kind if kind in ("gemma3_text", "bloom") else "llama"
-    model = pico_model(model_type, **SMALL, tie_word_embeddings=kind in ("tied", "gemma3_text", "bloom"))
+    model = pico_model(model_type, **SMALL, tie_word_embeddings=kind in TIED)
     if kind == "half":
         model = model.bfloat16()
     if kind == "widths":
@@ -305,6 +306,7 @@ def test_merged_on_first_rank(name, trained):
         p.data = p.to(torch.bfloat16 if half else torch.float32)
     merged = torch.load(trained / f"{name}.merged.pt")
     torch.testing.assert_close(merged, dict(expected.state_dict()), rtol=0, atol=0 if half else 1e-6)
+    assert merged["lm_head.weight"].data_ptr() == merged["model.embed_tokens.weight"].data_ptr()
     stock = AutoModelForCausalLM.from_pretrained(trained / name, dtype="auto", trust_remote_code=True)
     assert stock.dtype == expected.dtype
     torch.testing.assert_close(dict(stock.state_dict()), merged, rtol=0, atol=0)

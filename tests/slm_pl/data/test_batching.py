@@ -34,6 +34,7 @@ def test_an_epoch_holds_every_example_once(batching, micro_batches, world_size, 
             assert len(step) == micro_batches * world_size
             assert {slot.step_labels for slot in step} == {sum(LENGTHS[i] // 2 for i in indices(step))}
             assert {slot.step_tokens for slot in step} == {sum(LENGTHS[i] for i in indices(step))}
+            assert {slot.most_labels for slot in step} == {max(sum(LENGTHS[i] // 2 for i in s.indices) for s in step)}
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
@@ -88,7 +89,7 @@ def test_packed_rows_say_where_examples_begin():
         {"input_ids": [21, 22], "labels": [-100, 22]},
         {"input_ids": [31, 32, 33], "labels": [-100, 32, 33]},
     ]
-    batch = collate(examples, pad_id=9, row_length=5, slot=Slot((0, 1, 2), 50, 70))
+    batch = collate(examples, pad_id=9, row_length=5, slot=Slot((0, 1, 2), 50, 70, 9))
     assert {k: v.tolist() for k, v in batch.items() if isinstance(v, torch.Tensor)} == {
         "input_ids": [[11, 12, 13, 14, 9], [31, 32, 33, 21, 22]],
         "position_ids": [[0, 1, 2, 3, 0], [0, 1, 2, 0, 1]],
@@ -101,7 +102,7 @@ def test_packed_rows_say_where_examples_begin():
 
 def test_padded_rows_hold_one_example_each():
     examples = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}]
-    batch = collate(examples, 9, None, Slot((0, 1), 2, 4))
+    batch = collate(examples, 9, None, Slot((0, 1), 2, 4, 2))
     assert {k: v.tolist() for k, v in batch.items() if isinstance(v, torch.Tensor)} == {
         "input_ids": [[1, 2, 3], [4, 9, 9]],
         "position_ids": [[0, 1, 2], [0, 0, 1]],

@@ -22,7 +22,8 @@ EXAMPLES: list[Example] = [
 def likelihood(model, batch):
     states, _ = objective.final_states(model, objective.model_inputs(model, batch))
     selected = objective.predicting(batch["labels"])
-    return objective.negative_log_likelihood(model, states[selected], batch["labels"].roll(-1, 1)[selected])
+    targets = batch["labels"].roll(-1, 1)[selected]
+    return objective.negative_log_likelihood(model, states[selected], targets, batch["most_labels"])
 
 
 def one_by_one(model):
@@ -40,7 +41,7 @@ def one_by_one(model):
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
 def test_no_token_attends_across_examples(model_type, row_length):
     model = pico_model(model_type)
-    batch = collate(EXAMPLES, 0, row_length, Slot((), 1, 1))
+    batch = collate(EXAMPLES, 0, row_length, Slot((), 1, 1, 16))
     if model_type in ("bloom", "opt") and row_length:
         with pytest.raises(UsageError, match=r"ForCausalLM does not keep packed examples apart.*batching: grouped"):
             likelihood(model, batch)
@@ -62,12 +63,18 @@ def test_no_token_attends_across_examples(model_type, row_length):
 
 def test_slices_of_the_logits_change_nothing(monkeypatch):
     model = pico_model("gemma2")  # with a cap on its logits
-    batch = collate(EXAMPLES, 0, None, Slot((), 1, 1))
+    batch = collate(EXAMPLES, 0, None, Slot((), 1, 1, 16))
     whole = likelihood(model, batch)
     weights = list(model.parameters())
     gradients = torch.autograd.grad(whole, weights)
-    monkeypatch.setattr(objective, "LOGITS_BUDGET", 4 * 512 * 3)  # three positions at a time
+    calls = []
+    model.lm_head.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    monkeypatch.setattr(objective, "LOGITS_BUDGET", 4 * 512 * 3)  # three positions at a time, of the most there are
     sliced = likelihood(model, batch)
+    assert len(calls) == 6  # 16 by 3, also where a micro-batch has fewer
+    assert max(calls) <= 3
+    assert likelihood(model, collate([], 0, None, Slot((), 1, 1, 16))) == 0
+    assert len(calls) == 12
     torch.testing.assert_close(sliced, whole, rtol=1e-6, atol=0)
     for one, other in zip(torch.autograd.grad(sliced, weights), gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -75,7 +82,7 @@ def test_slices_of_the_logits_change_nothing(monkeypatch):
 
 def test_a_micro_batch_without_examples_has_a_loss_of_zero_and_a_gradient():
     model = pico_model()
-    found = likelihood(model, collate([], 0, 100, Slot((), 5, 9)))
+    found = likelihood(model, collate([], 0, 100, Slot((), 5, 9, 4)))
     assert found.item() == 0
     found.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.model.layers.parameters())
