@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+# Rows for the recovery benchmark: Alpaca's, where they lie beside the repository.
+ALPACA := $(firstword $(wildcard ../shared/data/alpaca/alpaca.json) embedded)
 QUICKSTART := $(BIN)/python main.py
 METHODS := slm sleb shortened_perplexity shortened_taylor shortened_magnitude block_influence angular reverse random \
     llm_pruner llm_pruner_uniform llm_pruner_channel flap wanda_structured slm_llm_pruner
@@ -50,6 +52,8 @@ bench: install  ## Run the benchmarks (minutes)
 	$(BIN)/python -m tests.benchmarks.variants
 	$(BIN)/python -m tests.benchmarks.depth
 	$(BIN)/python -m tests.benchmarks.width
+	$(BIN)/python -m tests.benchmarks.recovery --rows $(ALPACA)
+	$(BIN)/python -m tests.benchmarks.training_memory
 
 clean:  ## Remove runs and caches
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

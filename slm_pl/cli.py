@@ -82,7 +82,11 @@ class CLI(LightningCLI):
         options = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         root = options["default_root_dir"]
         if options["logger"] in (None, True):
-            kwargs["logger"] = [CSVLogger(root, "logs"), TensorBoardLogger(root, "logs")] if self.fits else False
+            kwargs["logger"] = (
+                [CSVLogger(root, "logs", flush_logs_every_n_steps=10), TensorBoardLogger(root, "logs")]
+                if self.fits
+                else False
+            )
         callbacks = list(options["callbacks"] or [])
         if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs["callbacks"] = [*callbacks, RichProgressBar(leave=True)]
@@ -91,16 +95,17 @@ class CLI(LightningCLI):
         trainer.overwrite = bool(self._get(self.config_init, "overwrite"))
         return trainer
 
-    @property
-    def fits(self) -> bool:
-        """Whether this run trains."""
-        return self.subcommand == "fit"
-
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if "weights_only" in kwargs:
             kwargs["weights_only"] = kwargs["weights_only"] is not False  # a checkpoint is never unpickled by default
-        if kwargs.get("ckpt_path") == "last":
+        path = kwargs.get("ckpt_path")
+        if path is not None and os.path.isdir(path) and kwargs.get("weights_only"):
+            raise UsageError(
+                f"{path} is a checkpoint of DeepSpeed, which runs whatever code is pickled in it. If it is your own, "
+                "pass --weights_only false, or --ckpt_path last in its run directory."
+            )
+        if path == "last":
             trainer = cast(Trainer, self.trainer)
             trainer.resuming = True
             newest = trainer.newest_checkpoint()
@@ -161,6 +166,7 @@ def quieten() -> None:
         ".*does not have many workers.*",
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
         ".*is_gradient_checkpointing.*",
+        ".*gradient_checkpointing_enable.*",
         ".*LightningCLI's args parameter is intended.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -371,7 +371,8 @@ class CausalLM(pl.LightningModule):
         from transformers import get_linear_schedule_with_warmup
 
         trainable = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
+        adam = sharding.adamw(self.trainer.strategy)
+        optimizer = adam(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise UsageError(

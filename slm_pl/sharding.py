@@ -7,7 +7,7 @@ this file but :func:`load_trained`. FSDP divides weights too; nothing here loads
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from slm_pl import loading
 from slm_pl.errors import UsageError
@@ -30,6 +31,16 @@ def is_sharded(strategy: Strategy) -> bool:
     if isinstance(strategy, DeepSpeedStrategy):
         return strategy.zero_stage_3
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+
+
+def adamw(strategy: Strategy) -> Callable[..., Optimizer]:
+    """AdamW, on the CPU if DeepSpeed keeps the optimizer's state in main memory; it refuses PyTorch's there."""
+    config = strategy.config if isinstance(strategy, DeepSpeedStrategy) else None
+    if isinstance(config, dict) and "offload_optimizer" in config.get("zero_optimization", {}):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam  # AdamW unless told otherwise
+    return torch.optim.AdamW
 
 
 @contextmanager

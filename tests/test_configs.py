@@ -43,8 +43,8 @@ def test_config_is_valid_and_its_methods_take_their_arguments(path, command, cap
 def test_published_recipe_is_in_the_llama_config(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = parses(["fit", "--config", "configs/llama2_13b_slm.yaml"], capsys)
-    trainer, model, data = config["trainer"], config["model"], config["data"]
-    assert data["batch_size"] * trainer["devices"] * trainer["accumulate_grad_batches"] == 64
+    trainer, model, data = config["trainer"], config["model"], config["data"]["init_args"]
+    assert (data["global_batch_size"], trainer["accumulate_grad_batches"]) == (64, 1)
     strategy = trainer["strategy"]
     assert strategy["class_path"] == "lightning.pytorch.strategies.DeepSpeedStrategy"
     assert (strategy["init_args"]["stage"], strategy["init_args"]["exclude_frozen_parameters"]) == (2, True)
@@ -54,6 +54,50 @@ def test_published_recipe_is_in_the_llama_config(capsys, monkeypatch):
     assert (data["path"], data["cutoff"], data["val_size"]) == ("yahma/alpaca-cleaned", 256, 2000)
     merging = trainer["callbacks"][0]["init_args"]
     assert (merging["threshold"], merging["other_parameters"]) == (0.72, "bottom")
+
+
+def within(part: dict, whole: dict) -> bool:
+    """Whether all that a part says is so in a whole; lists aside."""
+    return all(
+        within(value, whole.get(key) or {}) if isinstance(value, dict) else value == whole.get(key)
+        for key, value in part.items()
+        if not isinstance(value, list)
+    )
+
+
+def test_published_recipe_as_a_part_is_that_of_the_llama_config_and_combines(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    recipe = yaml.safe_load((ROOT / "configs/parts/recipe_lora_alpaca.yaml").read_text())
+    whole = yaml.safe_load((ROOT / "configs/llama2_13b_slm.yaml").read_text())
+    assert within(recipe, whole)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "config_version: 1\nmodel: {pretrained: some/model}\ndata: {batch_size: 2}\ntrainer: {devices: 4}\n"
+    )
+    words = ["fit", "--config", "configs/parts/recipe_lora_alpaca.yaml", "--config", str(mine)]
+    strategy = "configs/parts/strategy_deepspeed_3.yaml"
+    config = parses([*words, "--trainer.strategy", strategy], capsys)
+    assert within({"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": None}, config["model"]["lora"])
+    data = config["data"]["init_args"]
+    assert (data["global_batch_size"], data["cutoff"], data["val_size"], data["batch_size"]) == (64, 256, 2000, 2)
+    trainer = config["trainer"]
+    assert (trainer["devices"], trainer["max_epochs"], trainer["precision"]) == (4, 2, "bf16-true")
+    assert trainer["strategy"]["init_args"]["stage"] == 3
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/parts/strategy_*.yaml")), ids=lambda p: p.stem)
+def test_every_strategy_can_be_made(path):
+    import importlib
+
+    part = yaml.safe_load(path.read_text())
+    if "deepspeed" in path.stem:
+        pytest.importorskip("deepspeed", reason="DeepSpeed is an optional dependency")
+    module, _, name = part["class_path"].rpartition(".")
+    strategy = getattr(importlib.import_module(module), name)(**part["init_args"])
+    if "deepspeed" in path.stem:
+        assert strategy.exclude_frozen_parameters
+        assert str(strategy.config["zero_optimization"]["stage"]) == path.stem.removesuffix("_offload")[-1]
+        assert ("offload_param" in strategy.config["zero_optimization"]) == path.stem.endswith("offload")
 
 
 def readme_commands() -> list[str]:

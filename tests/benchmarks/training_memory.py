@@ -31,7 +31,7 @@ Strategy = Literal[
     "single_device", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_3_offload"
 ]
 # What Lightning 2.6 passes to DeepSpeed, and DeepSpeed's own defaults where it passes nothing, in parameters.
-REDUCE_BUCKET = 200_000_000
+REDUCE_BUCKET = 50_000_000  # of configs/parts/strategy_deepspeed_*.yaml; Lightning's default is four times that
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PERSISTENCE_THRESHOLD = 100_000
 
@@ -269,7 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, data, trainer = config["model"], config["data"], config["trainer"]
     gpus = options.gpus or trainer["devices"]
     tokens = data["batch_size"] * data["cutoff"]
-    shipped = cast(Strategy, f"deepspeed_stage_{trainer['strategy']['init_args']['stage']}")
+    part = yaml.safe_load((CONFIG.parent / trainer["strategy"]).read_text(encoding="utf-8"))["init_args"]
+    assert part["reduce_bucket_size"] == REDUCE_BUCKET
+    shipped = cast(Strategy, f"deepspeed_stage_{part['stage']}")
     fits = True
     for layers in options.layers:
         sizes = llama2_13b(layers, model["lora"]["r"])

@@ -1,11 +1,14 @@
 """Runs that are killed or asked to stop, as real processes of the command line, and go on."""
 
+import contextlib
 import itertools
 import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +214,64 @@ def test_sigterm_saves_and_ends(whole, pico_dir, rows, tmp_path):
     assert f"after optimizer step {stopped}." in log
     assert finish(config, "--ckpt_path", "last") == 0
     assert_the_same(config.parent, whole[0])
+
+
+class UnderSlurm:
+    """The environment of a SLURM job of one task, with a stand-in for ``scontrol`` that notes what it is asked."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __call__(self) -> None:
+        program = self.directory / "scontrol"
+        program.write_text(f'#!/bin/sh\necho "$@" >> {self.directory}/asked\n')
+        program.chmod(0o755)
+        names = {"JOB_ID": "77", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1", "NNODES": "1"}
+        names |= {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NODELIST": "localhost", "NODELIST": "localhost"}
+        os.environ |= {f"SLURM_{name}": value for name, value in names.items()}
+        os.environ["PATH"] = f"{self.directory}:{os.environ['PATH']}"
+
+
+def test_slurm_requeues_a_job_that_is_about_to_end(whole, pico_dir, rows, tmp_path):
+    config = write_config(tmp_path / "run", pico_dir, rows)
+    process = start(config, fault=UnderSlurm(tmp_path))
+    wait_for(config.parent / "checkpoints" / "last.ckpt")
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGUSR1, config.with_name("log.txt").read_text()[-2000:]
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert finish(config, "--ckpt_path", "last", fault=UnderSlurm(tmp_path)) == 0
+    assert_the_same(config.parent, whole[0])
+
+
+@pytest.mark.long
+def test_sigterm_stops_two_processes_together(pico_dir, rows, tmp_path):
+    """As a scheduler sends it: to the process that it started, which started the other one."""
+    config = write_config(tmp_path / "run", pico_dir, rows)
+    words = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "400"]
+    command = [sys.executable, "main.py", "fit", "--config", str(config), *words]
+    root = Path(__file__).resolve().parents[2]
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=root,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        try:
+            wait_for(config.parent / "checkpoints" / "last.ckpt")
+            process.terminate()
+            assert process.wait(60) == 128 + signal.SIGTERM, (tmp_path / "log.txt").read_text()[-3000:]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    said = (tmp_path / "log.txt").read_text()
+    assert said.count("Asked to stop, so this run ends after optimizer step") == 1
+    assert "Traceback" not in said
+    step = torch.load(config.parent / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert f"after optimizer step {step}." in said
 
 
 def wait_for(path: Path) -> None:
