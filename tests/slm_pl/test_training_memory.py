@@ -150,15 +150,15 @@ def by_hand(**changes: float) -> TrainingMemory:
     [
         ("single_device", by_hand()),
         ("ddp", by_hand(buffers=160)),
-        ("deepspeed_stage_1", by_hand(optimizer=80, master=40, buffers=800e6)),
-        ("deepspeed_stage_2", by_hand(gradients=20, optimizer=80, master=40, buffers=800e6)),
+        ("deepspeed_stage_1", by_hand(optimizer=80, master=40, buffers=200e6)),
+        ("deepspeed_stage_2", by_hand(gradients=20, optimizer=80, master=40, buffers=200e6)),
         (
             "deepspeed_stage_3",
-            by_hand(weights=200, adapters=20, gradients=20, optimizer=80, master=40, buffers=400e6 + 2 * 30 + 2 * 880),
+            by_hand(weights=200, adapters=20, gradients=20, optimizer=80, master=40, buffers=100e6 + 2 * 30 + 2 * 880),
         ),
         (
             "deepspeed_stage_3_offload",
-            by_hand(weights=0, adapters=0, gradients=0, optimizer=0, buffers=400e6 + 2 * 30 + 2 * 880, host=360),
+            by_hand(weights=0, adapters=0, gradients=0, optimizer=0, buffers=100e6 + 2 * 30 + 2 * 880, host=360),
         ),
     ],
 )
