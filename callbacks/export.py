@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks.base import CompressionCallback, EarlyCheck, on_first_rank
 from slm_pl import files, sharding
@@ -17,7 +17,7 @@ from slm_pl.errors import UsageError
 from slm_pl.export import needs_own_code, save_compressed
 from slm_pl.module import CausalLM, may_overwrite
 from slm_pl.pictures import load_figures
-from slm_pl.trainer import TrainedCallback
+from slm_pl.trainer import TrainedCallback, previous
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,12 +72,6 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
             raise UsageError(
                 "callbacks.ExportCheckpoint stands above a compression callback and would export the model before it. "
                 "Move it below in trainer.callbacks."
-            )
-        if directories and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-            raise UsageError(
-                f"{type(trainer.strategy).__name__} spreads the weights over the processes, and the export cannot "
-                "gather them. Use ddp, or DeepSpeed's stage 3, which spreads them as well: "
-                "configs/parts/strategy_deepspeed_3.yaml."
             )
         on_first_rank(trainer, lambda: self._check_directories(trainer, directories))
 
@@ -166,8 +160,14 @@ def _load_best(trainer: pl.Trainer, pl_module: CausalLM) -> None:
         if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
             continue
         path, score = callback.best_model_path, callback.best_model_score
-        if not path or not on_first_rank(trainer, Path(path).exists):
+        if not path:
             continue
+        places = [Path(path), previous(Path(path))]
+        there = on_first_rank(trainer, lambda places=places: [place for place in places if place.exists()])  # type: ignore[misc]
+        if not there:
+            rank_zero_warn(f"The best checkpoint, {path}, is gone: exporting the last weights instead.")
+            continue
+        path = there[0]
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             sharding.load_trained(trainer.strategy, path)
         else:

@@ -11,14 +11,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from slm_pl import files
 from slm_pl.data import TrainingData
 from slm_pl.errors import UsageError
 from slm_pl.module import CausalLM
@@ -27,18 +29,29 @@ from slm_pl.trainer import Trainer
 CONFIG_VERSION = 1
 
 
+class SaveConfig(SaveConfigCallback):
+    """Leaves the whole configuration in the run directory, beside what the run writes."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called on the first rank."""
+        path = Path(trainer.default_root_dir) / self.config_filename
+        files.write_text(path, self.parser.dump(self.config, skip_none=False))
+
+
 class CLI(LightningCLI):
     """LightningCLI for :class:`~slm_pl.module.CausalLM` and a :class:`~slm_pl.data.TrainingData`."""
 
-    def __init__(self, args: list[str] | None) -> None:
+    def __init__(self, args: list[str] | None, names_data: bool = False) -> None:
+        self._names_data = names_data  # a default class would leave its own numbers to the one that is named
         super().__init__(
             CausalLM,
             TrainingData,
             subclass_mode_data=True,
             trainer_class=Trainer,
             trainer_defaults={"default_root_dir": os.path.join("runs", "latest")},
+            save_config_callback=SaveConfig,
             # The saved config belongs to this run; what must not be lost is guarded by its own checks.
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             seed_everything_default=1234,
             auto_configure_optimizers=False,
             args=args,
@@ -51,7 +64,8 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options that are not a class's."""
-        parser.set_defaults({"data": {"class_path": "slm_pl.data.AlpacaDataModule"}})
+        if not self._names_data:
+            parser.set_defaults({"data": {"class_path": "slm_pl.data.AlpacaDataModule"}})
         parser.add_argument(
             "--overwrite", action="store_true", help="Replace results and exports that an earlier run left."
         )
@@ -73,7 +87,7 @@ class CLI(LightningCLI):
         if version != CONFIG_VERSION:
             raise UsageError(f"config_version is {version}; this slm_pl reads {CONFIG_VERSION}.")
         checkpoint = self.config[self.subcommand].get("ckpt_path")
-        if checkpoint not in (None, "best", "last", "hpc") and not os.path.exists(checkpoint):
+        if checkpoint not in (None, "best", "last") and not os.path.exists(checkpoint):
             raise UsageError(f"There is no checkpoint {checkpoint}. Give a path, `last` or `best`.")
         self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
 
@@ -82,11 +96,10 @@ class CLI(LightningCLI):
         options = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         root = options["default_root_dir"]
         if options["logger"] in (None, True):
-            kwargs["logger"] = (
-                [CSVLogger(root, "logs", flush_logs_every_n_steps=10), TensorBoardLogger(root, "logs")]
-                if self.fits
-                else False
-            )
+            kwargs["logger"] = False
+            if self.subcommand == "fit":
+                csv = CSVLogger(root, "logs", flush_logs_every_n_steps=10)
+                kwargs["logger"] = [csv, TensorBoardLogger(root, "logs", version=csv.version)]
         callbacks = list(options["callbacks"] or [])
         if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs["callbacks"] = [*callbacks, RichProgressBar(leave=True)]
@@ -111,6 +124,8 @@ class CLI(LightningCLI):
             newest = trainer.newest_checkpoint()
             if newest is None:
                 directory = trainer.checkpoint_directories[0]
+                if subcommand != "fit":
+                    raise UsageError(f"There is no checkpoint in {directory}. Give a path, or run fit first.")
                 rank_zero_info(f"There is no checkpoint in {directory} yet: starting from the beginning")
             kwargs["ckpt_path"] = newest
         return kwargs
@@ -129,12 +144,16 @@ def compare_parser() -> ArgumentParser:
     return parser
 
 
-def check_config_version(args: Sequence[str]) -> None:
+def check_configs(args: Sequence[str]) -> bool:
     """Tells a config of another version before its options are found to be unknown.
+
+    Returns:
+        Whether a config or an argument names the class of the data.
 
     Raises:
         UsageError: If a ``--config`` file says another ``config_version``, is missing or is no YAML.
     """
+    named = any(arg == "--data" or arg.startswith(("--data=", "--data.class_path")) for arg in args)
     for index, arg in enumerate(args):
         name, _, value = arg.partition("=")
         if name not in ("--config", "-c"):
@@ -151,12 +170,18 @@ def check_config_version(args: Sequence[str]) -> None:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"The config {path} is no YAML that can be read: {error}") from error
-        version = content.get("config_version", CONFIG_VERSION) if isinstance(content, dict) else CONFIG_VERSION
+        content = content if isinstance(content, dict) else {}
+        data = content.get("data")
+        if isinstance(data, str) and (part := Path(path).parent / data).is_file():
+            data = yaml.safe_load(part.read_text(encoding="utf-8"))
+        named = named or (isinstance(data, dict) and "class_path" in data)
+        version = content.get("config_version", CONFIG_VERSION)
         if version != CONFIG_VERSION:
             raise UsageError(
                 f"The config {path} is of config_version {version!r}; this slm_pl reads {CONFIG_VERSION}. "
                 "Take a config from the configs/ of this version, or use the slm_pl that it was written for."
             )
+    return named
 
 
 def quieten() -> None:
@@ -223,8 +248,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
                 compare(options.results, options.output_dir)
             else:
-                check_config_version(given)
-                CLI(None if args is None else given)
+                CLI(None if args is None else given, names_data=check_configs(given))
     except (UsageError, FloatingPointError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

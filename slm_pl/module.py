@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from slm_pl import files, loading, sharding
-from slm_pl.compression.architecture import logits, num_layers
+from slm_pl.compression.architecture import ARCHITECTURES, logits, num_layers
 from slm_pl.compression.plan import Plan, count_parameters, load_plans
 from slm_pl.data.batching import Batch
 from slm_pl.errors import UsageError
@@ -116,6 +117,7 @@ class CausalLM(pl.LightningModule):
         self._merged = False
         self._teacher: Teacher | None = None
         self._stopping = False
+        self._step_began = 0.0
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -146,6 +148,7 @@ class CausalLM(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Chooses what is trained; without a checkpoint the other stages need no adapter."""
         self.check_run(stage)
+        sharding.check_strategy(self.trainer.strategy, stage == "fit")
         if self.model is None and stage == "fit" and sharding.is_sharded(self.trainer.strategy):
             return  # nobody needed the whole model: every process loads its part, in `configure_model`
         self.load_model()
@@ -173,10 +176,10 @@ class CausalLM(pl.LightningModule):
                     "model.lora.dora needs whole weights, and DeepSpeed's stage 3 spreads them over the processes. Use "
                     "stage 2, or plain LoRA."
                 )
-            # Adapters are kept in fp32, where small updates are not rounded away, unless the run is in 16 bit as a
-            # whole.
-            full = self.trainer.precision not in ("bf16-true", "16-true")
-            self.model = add_adapters(model, self.lora, full)
+            # In 16 bit, small updates would be rounded away. DeepSpeed keeps a copy in float32 for its optimizer.
+            deepspeed = isinstance(self.trainer.strategy, DeepSpeedStrategy)
+            half = self.trainer.precision in ("bf16-true", "16-true")
+            self.model = add_adapters(model, self.lora, float32=not (deepspeed and half))
         assert self.model is not None
         self.model.train()  # from_pretrained gives it in eval mode
 
@@ -189,6 +192,12 @@ class CausalLM(pl.LightningModule):
     def plain(self) -> "PreTrainedModel":
         """The Hugging Face model itself, adapters among its modules or not."""
         return cast("PreTrainedModel", self.model.get_base_model() if self.adapted else self.model)  # type: ignore[union-attr, operator]
+
+    @property
+    def packable(self) -> bool:
+        """Whether the model keeps examples apart that share a row; told from its config, before it is loaded."""
+        known = ARCHITECTURES.get(loading.read_config(self.source).model_type)
+        return known is not None and known.packable
 
     @property
     def variable_length_attention(self) -> bool:
@@ -210,6 +219,12 @@ class CausalLM(pl.LightningModule):
     def on_train_start(self) -> None:
         """Validation, and with it the checkpoint of its loss, falls between two optimizer steps."""
         trainer, micro_batches = self.trainer, self.trainer.accumulate_grad_batches
+        if trainer.num_training_batches % micro_batches:
+            raise UsageError(
+                f"trainer.limit_train_batches leaves {trainer.num_training_batches} micro-batches of an epoch, but an "
+                f"optimizer step takes {micro_batches}. Give a multiple, or limit the run by trainer.max_steps."
+            )
+        self._step_began = time.perf_counter()
         if isinstance(trainer.val_check_batch, int) and trainer.val_check_batch % micro_batches:
             trainer.val_check_batch += micro_batches - trainer.val_check_batch % micro_batches
             rank_zero_info(
@@ -221,12 +236,16 @@ class CausalLM(pl.LightningModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
         # A run in 16 bit as a whole casts everything. Transformers keeps the frequencies of rotary embeddings in
-        # float32 whatever the dtype of the weights: rounded, a position of 256 would be off by a tenth of a radian.
+        # float32 whatever the dtype of the weights: rounded, a position of 256 would be off by a tenth of a radian. And
+        # AdamW cannot train adapters in bfloat16: most updates, and the decay of its moments, are below its precision.
         kept = {name: b for name, b in self.named_buffers() if b.dtype == torch.float32}
+        if self.adapted:
+            trained = ((name, p.data) for name, p in self.named_parameters() if p.requires_grad)
+            kept |= {name: p for name, p in trained if p.dtype == torch.float32}
         super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers():
-            if name in kept and buffer.dtype != torch.float32:
-                buffer.data = kept[name].to(buffer.device)
+        for name, tensor in (*self.named_buffers(), *self.named_parameters()):
+            if name in kept and tensor.dtype != torch.float32:
+                tensor.data = kept[name].to(tensor.device)
         return self
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -250,7 +269,7 @@ class CausalLM(pl.LightningModule):
         world, rank = self.trainer.world_size, self.trainer.global_rank
         torch.manual_seed((seed * 1_000_003 + self.trainer.fit_loop.epoch_loop.total_batch_idx) * world + rank)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._step = StepRecord(time.perf_counter())
+            self._step = StepRecord()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The share of this micro-batch in the mean over all labels of the optimizer step.
@@ -283,27 +302,44 @@ class CausalLM(pl.LightningModule):
         self._stopping = summed[2] > 0
         number = trainer.global_step + 1
         if not (math.isfinite(loss) and math.isfinite(likelihood)):
-            step.save(Path(trainer.default_root_dir), number, trainer.global_rank)
-            raise FloatingPointError(
-                f"The loss of optimizer step {number} is {loss}. Its micro-batches are in "
-                f"{Path(trainer.default_root_dir) / step.file_name(number, trainer.global_rank)}, with the loss of "
-                "each; no weight was changed by it. Try a lower model.learning_rate, trainer.gradient_clip_val: 1.0, "
-                "or trainer.precision: bf16-true instead of 16 bit."
-            )
+            self._fail(f"loss of optimizer step {number} is {loss}", number)
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         self.log("train/loss", likelihood, prog_bar=True)
         if self._teacher is not None:
             self.log("train/objective", loss)
         self.log("lr", rate)
-        self.log("train/tokens_per_s", batch["step_tokens"] / (time.perf_counter() - step.began), prog_bar=True)
         self.log("train/padding", 1 - step.tokens / step.positions)
         self.log("train/packing_efficiency", step.tokens / step.positions)
         self.log("train/examples_per_row", step.examples / step.rows)
         self.history["train/loss"].append((number, likelihood))
         self.history["lr"].append((number, float(rate)))
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuses a gradient that is not finite before it ruins the weights; DeepSpeed has its gradients to itself."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if gradients and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
+            if not math.isfinite(norm):
+                number = self.trainer.global_step + 1
+                self._fail(f"gradient of optimizer step {number} has the norm {norm}", number)
+
+    def _fail(self, what: str, step: int) -> NoReturn:
+        """Leaves the micro-batches of a step in the run directory and ends the run."""
+        directory, rank = Path(self.trainer.default_root_dir), self.trainer.global_rank
+        self._step.save(directory, step, rank)
+        raise FloatingPointError(
+            f"The {what}. Its micro-batches are in {directory / self._step.file_name(step, rank)}, with the loss of "
+            "each; no weight was changed by it. Try a lower model.learning_rate, or trainer.precision: bf16-true "
+            "instead of 16 bit."
+        )
+
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
-        """Ends the run after the optimizer step in which one of the processes was asked to stop."""
+        """Tells the speed; ends the run after the optimizer step in which one of the processes was asked to stop."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        now = time.perf_counter()
+        self.log("train/tokens_per_s", batch["step_tokens"] / (now - self._step_began), prog_bar=True)
+        self._step_began = now
         if self._stopping:
             cast("Trainer", self.trainer).stop_with_checkpoint()
 
@@ -321,7 +357,8 @@ class CausalLM(pl.LightningModule):
         sums = cast(Tensor, self.trainer.strategy.reduce(self._validated.float().to(self.device), reduce_op="sum"))
         loss = float(sums[0] / sums[1])
         self.log("val/loss", loss, prog_bar=True)
-        if self.trainer.training or self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+        self._step_began = time.perf_counter()  # the time of validation is not that of training
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.history["val/loss"].append((self.trainer.global_step, loss))
             self.draw_history()
 
@@ -389,6 +426,7 @@ class CausalLM(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
         checkpoint["plans"] = [plan.to_json() for plan in self.plans]
         checkpoint["history"] = self.history
+        checkpoint["stopped"] = self.trainer.should_stop
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that belongs to another model; loading, which is not strict, would pass over it.
@@ -413,6 +451,8 @@ class CausalLM(pl.LightningModule):
                 "--model.lora and --model.last_layers of the run that wrote it, and in Python use "
                 "slm_pl.trainer.Trainer."
             )
+        if checkpoint["stopped"] and self.trainer.state.fn == TrainerFn.FITTING:
+            self.trainer.should_stop = True  # a callback had ended the training; there may be an export to be made
         self.history = {name: [tuple(point) for point in points] for name, points in checkpoint["history"].items()}
 
     def _trainable_shapes(self) -> dict[str, torch.Size]:

@@ -28,9 +28,29 @@ if TYPE_CHECKING:
 
 def is_sharded(strategy: Strategy) -> bool:
     """Whether each process holds only a part of every weight during training."""
-    if isinstance(strategy, DeepSpeedStrategy):
-        return strategy.zero_stage_3
-    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+    return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+
+
+def check_strategy(strategy: Strategy, training: bool) -> None:
+    """Refuses a strategy that this project cannot work with.
+
+    Args:
+        strategy: The trainer's.
+        training: Whether the run is a fit.
+
+    Raises:
+        UsageError: If it spreads weights in a way that is not known here, or where nothing is trained.
+    """
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise UsageError(
+            f"{type(strategy).__name__} spreads the weights over the processes in a way that the export cannot gather. "
+            "Use ddp, or DeepSpeed's stage 3: --trainer.strategy configs/parts/strategy_deepspeed_3.yaml."
+        )
+    if is_sharded(strategy) and not training:
+        raise UsageError(
+            "DeepSpeed's stage 3 spreads the weights over the processes, which is for training only. Prune and measure "
+            "with --trainer.strategy auto (or ddp)."
+        )
 
 
 def adamw(strategy: Strategy) -> Callable[..., Optimizer]:

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -28,15 +29,24 @@ class _Signals(_SignalConnector):
 
     trainer: "Trainer"
 
+    def register_signal_handlers(self) -> None:
+        """Once for a run: it is done before the set-up, which may search for long, and Lightning does it behind."""
+        if not self._original_handlers:
+            super().register_signal_handlers()
+
     def _sigterm_notifier_fn(self, signum: int, _: FrameType | None) -> None:
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            raise SystemExit(128 + signum)
         if self.trainer.stop_signal is None and self.trainer.strategy.launcher is not None:
             self.trainer.strategy.launcher.kill(signum)  # to the processes that this one started
-        self.trainer.stop_signal = signum
+        self._stop(signum)
 
     def _slurm_sigusr_handler_fn(self, signum: int, _: FrameType | None) -> None:
+        self._stop(signum)
+
+    def _stop(self, signum: int) -> None:
         self.trainer.stop_signal = signum
+        if not self.trainer.looping:  # nothing is trained yet, or nothing at all
+            self.trainer.requeue()
+            raise SystemExit(128 + signum)
 
 
 class TrainedCallback(pl.Callback, ABC):
@@ -62,17 +72,23 @@ class Trainer(pl.Trainer):
         overwrite: Whether outputs of an earlier run may be replaced.
         pruning: Whether :meth:`prune` is running.
         resuming: Whether this run goes on with the one of its run directory, though it may have left no checkpoint yet.
+        looping: Whether the training loop is running, which a signal does not break off.
         stop_signal: The signal that asked this process to stop, if one came.
     """
 
     overwrite: bool = False
     pruning: bool = False
     resuming: bool = False
+    looping: bool = False
     stop_signal: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._signal_connector = _Signals(self)
+        for callback in self.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                # Lightning's would be one of the logger's version, where the next run does not look.
+                callback.dirpath = os.path.join(self.default_root_dir, "checkpoints")
 
     def prune(self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None) -> None:
         """Compress the model and export it, without training.
@@ -98,10 +114,12 @@ class Trainer(pl.Trainer):
     def newest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint of this run directory, best or last; None if there is none."""
         found = [path for directory in self.checkpoint_directories for path in directory.glob("[!.]*.ckpt")]
-        return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+        found = [path for path in found if path.exists()]  # a link may lead nowhere
+        newest_first = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        return next((path for path in newest_first if path.is_dir() or _can_resume(path)), None)
 
     def save_checkpoint(
-        self, filepath: str | os.PathLike[str], weights_only: bool | None = None, storage_options: Any = None
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
     ) -> None:
         """Writes a checkpoint, to be called on all ranks; it appears when it is whole.
 
@@ -110,6 +128,9 @@ class Trainer(pl.Trainer):
             weights_only: Without the state of the optimizer.
             storage_options: Lightning's.
         """
+        if "://" in os.fspath(filepath):
+            super().save_checkpoint(filepath, weights_only, storage_options)
+            return
         path = Path(self.strategy.broadcast(os.fspath(filepath)))
         partial = path.with_name(f".{path.name}{PARTIAL}")
         if self.is_global_zero:
@@ -133,12 +154,16 @@ class Trainer(pl.Trainer):
             f"Asked to stop, so this run ends after optimizer step {self.global_step}. To go on, run the same command "
             f"with --ckpt_path last ({path})."
         )
+        self.requeue()
+        # Lightning takes a child process that fails for a reason to kill all others.
+        raise SystemExit(128 + (self.stop_signal or signal.SIGTERM) if self.is_global_zero else 0)
+
+    def requeue(self) -> None:
+        """Gives the job back to SLURM, if that is who asked to stop."""
         environment = self._accelerator_connector.cluster_environment
         requeue = isinstance(environment, SLURMEnvironment) and self.stop_signal == environment.requeue_signal
         if requeue and self.is_global_zero and "SLURM_JOB_ID" in os.environ:
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)  # noqa: S603, S607
-        # Lightning takes a child process that fails for a reason to kill all others.
-        raise SystemExit(128 + (self.stop_signal or signal.SIGTERM) if self.is_global_zero else 0)
 
     def catch_up_validation(self, done: Collection[int]) -> None:
         """Validates where the run stopped after an optimizer step and before the validation that was due behind it.
@@ -188,7 +213,11 @@ class Trainer(pl.Trainer):
     def _run_stage(self) -> Any:
         if self.state.fn == TrainerFn.FITTING and self.ckpt_path is not None and self.global_step:
             self._place_loops()
-        result = super()._run_stage()
+        self.looping = self.state.fn == TrainerFn.FITTING
+        try:
+            result = super()._run_stage()
+        finally:
+            self.looping = False
         if self.state.fn == TrainerFn.FITTING:
             for callback in self.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, TrainedCallback):
@@ -205,20 +234,33 @@ class Trainer(pl.Trainer):
         # resumed run takes its plan from disk, and `test` wraps the model in the adapters that the checkpoint holds.
         self._checkpoint_connector._ckpt_path = ckpt_path
         self.stop_signal = None
+        self._signal_connector.register_signal_handlers()
         return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+
+
+def previous(path: Path) -> Path:
+    """Where a checkpoint directory steps aside to while another takes its place."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def _replace(partial: Path, path: Path) -> None:
     """Moves a checkpoint into the place of an older one; at every moment, one of them is there."""
     if not path.is_dir() or path.is_symlink():
+        if partial.is_dir():
+            path.unlink(missing_ok=True)
         os.replace(partial, path)
         return
     # A directory cannot be replaced in one step: the old one steps aside, under a name that is found, too.
-    aside = path.with_name(f"{path.stem}.previous{path.suffix}")
+    aside = previous(path)
     _remove(aside)
     os.replace(path, aside)
     os.replace(partial, path)
     _remove(aside)
+
+
+def _can_resume(path: Path) -> bool:
+    """Whether a file holds more than weights."""
+    return "optimizer_states" in torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _remove(path: Path) -> None:

@@ -87,6 +87,51 @@ def test_prune_exports_the_size_that_was_asked_for(arguments, tmp_path, capsys):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+def test_fit_as_it_is_by_default_logs_and_goes_on(arguments, tmp_path, caplog):
+    """No loggers, no checkpoint directory, no progress bar settings: what a user has who writes none of them."""
+    config = Path(arguments()[1])
+    content = yaml.safe_load(config.read_text())
+    for option in ("logger", "enable_progress_bar", "enable_checkpointing"):
+        del content["trainer"][option]
+    config.write_text(yaml.safe_dump(content))
+    run = tmp_path / "run"
+    caplog.set_level("INFO")
+    main(["fit", "--config", str(config), "--ckpt_path", "last"])
+    assert "There is no checkpoint in" in caplog.text
+    assert yaml.safe_load((run / "config_fit.yaml").read_text())["trainer"]["max_steps"] == 2
+    assert sorted(path.name for path in (run / "logs").iterdir()) == ["version_0"]
+    names = [path.name for path in (run / "logs" / "version_0").iterdir()]
+    assert "metrics.csv" in names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert len(list((run / "checkpoints").glob("*.ckpt"))) == 1
+    main(["fit", "--config", str(config), "--ckpt_path", "last", "--trainer.max_steps", "3"])
+    assert f"Restoring states from the checkpoint path at {run}/checkpoints/" in caplog.text
+    assert (run / "logs" / "version_1" / "metrics.csv").is_file()
+    main(["prune", "--config", str(config), "--overwrite"])
+    assert not (run / "logs" / "version_2").exists()
+
+
+def test_checkpoint_that_is_not_there_is_no_reason_to_measure_another_model(arguments, tmp_path, capsys):
+    for command in ("test", "validate", "predict"):
+        status, error = failure(capsys, [command, *arguments(), "--ckpt_path", "last"])
+        assert status == 1
+        assert "There is no checkpoint in" in error
+    (tmp_path / "deepspeed.ckpt").mkdir()
+    status, error = failure(capsys, ["fit", *arguments(), "--ckpt_path", str(tmp_path / "deepspeed.ckpt")])
+    assert (status, "runs whatever code is pickled in it" in error) == (1, True)
+
+
+def test_data_of_another_class_has_its_own_defaults(tmp_path, capsys):
+    path = tmp_path / "text.yaml"
+    path.write_text("model: {pretrained: a/b}\ndata: {class_path: slm_pl.data.TextDataModule, init_args: {seed: 5}}\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(path), "--data.source", "embedded", "--print_config"])
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert data["class_path"] == "slm_pl.data.TextDataModule"
+    found = {name: data["init_args"][name] for name in ("source", "seed", "batch_size", "eval_batch_size", "val_size")}
+    assert found == {"source": "embedded", "seed": 5, "batch_size": 1, "eval_batch_size": 1, "val_size": 100}
+
+
 def test_fit_then_test_then_compare(arguments, inputs, tmp_path, capsys):
     hooks = [
         {

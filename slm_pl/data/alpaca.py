@@ -56,7 +56,8 @@ class AlpacaDataModule(TrainingData):
         path: Hub id, a ``.json`` (list of objects), ``.jsonl`` or ``.parquet`` file, or ``embedded`` (docstrings of the
             Python standard library). Columns: ``instruction``, ``output``, and optionally ``input``.
         calibration: What the compression callbacks look at.
-        batch_size: Training rows in a micro-batch of one process, at most; what fits into memory.
+        batch_size: Training rows in a micro-batch of one process, what fits into memory; where they are packed, on
+            average, since all micro-batches of a step then have nearly equally many tokens.
         eval_batch_size: Validation rows in a batch of one process.
         global_batch_size: Rows of an optimizer step over all processes and micro-batches; how many micro-batches are
             accumulated follows from it. Null: ``batch_size`` x devices x ``trainer.accumulate_grad_batches``.
@@ -141,13 +142,8 @@ class AlpacaDataModule(TrainingData):
         settings = {"prompt": self.prompt, "cutoff": self.cutoff}
         key = fingerprint(tokenizer, settings, [list(row.values()) for row in filled])
         kept = tokenised([{"row": number, **row} for number, row in enumerate(filled)], encode_rows, key)
-        if self.val_size >= len(kept):
-            raise UsageError(
-                f"data.val_size is {self.val_size}, but {self.path} gives {len(kept)} usable rows ({found} read, "
-                f"max_rows is {self.max_rows}) and at least one must be left for training. Lower data.val_size"
-                f"{', raise data.max_rows' if self.max_rows else ''} or give more rows."
-            )
-        train, val = split(kept, self.val_size, self.path, "rows")
+        what = f"rows ({found} read, max_rows is {self.max_rows})"
+        train, val = split(kept, self.val_size, self.path, what, ", raise data.max_rows" if self.max_rows else "")
         whole = sum(ids[-1] == tokenizer.eos_token_id for ids in kept["input_ids"])
         rank_zero_info(
             f"{self.path}: {len(train)} rows for training, {len(val)} for validation; "

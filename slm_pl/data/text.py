@@ -90,7 +90,7 @@ class TextDataModule(TrainingData):
             )
         documents = read_documents(self.source, self.name, self.split, self.column)
         texts = [documents[i] for i in range(min(len(documents), self.max_documents or len(documents)))]
-        texts = [text for text in texts if text.strip()]
+        read, texts = len(texts), [text for text in texts if text.strip()]
 
         def windows(columns: dict[str, list[object]]) -> dict[str, list[object]]:
             ids: list[int] = []
@@ -110,6 +110,7 @@ class TextDataModule(TrainingData):
         train, val = split(made, self.val_size, self.source, f"windows of {length} tokens")
         rank_zero_info(
             f"{self.source}: {len(texts):,} documents, {len(train):,} windows of {length} tokens for training, "
-            f"{len(val):,} for validation"
+            f"{len(val):,} for validation; left out: {read - len(texts):,} empty documents, and less than a window at "
+            f"the end of every {DOCUMENTS:,} documents"
         )
         return Examples(train, val, [], key, length)

@@ -22,8 +22,10 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, obj
     known = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     digest = hashlib.sha256(known.encode())
     special = {"format": FORMAT, "eos": tokenizer.eos_token_id, "chat_template": tokenizer.chat_template, **settings}
+    special |= {"class": type(tokenizer).__name__, "empty": tokenizer("")["input_ids"]}
     digest.update(json.dumps(special, sort_keys=True).encode())
-    digest.update(json.dumps(texts).encode())
+    for text in texts:
+        digest.update(json.dumps(text).encode() + b"\n")
     return digest.hexdigest()
 
 

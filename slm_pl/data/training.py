@@ -1,6 +1,7 @@
 """What all data modules share: calibration text, and the batches of training and validation."""
 
 import contextlib
+import random
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROW = 2
-"""A packed row takes this many examples of the greatest length: fewer rows leave less padding, longer ones cost more
-attention."""
+"""Packed examples are dealt out to as few rows as this many times the greatest length would take: fewer rows leave less
+padding, longer ones cost more attention."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class TrainingData(LightningDataModule):
 
     Args:
         calibration: What the compression callbacks look at.
-        batch_size: Training examples in a micro-batch of one process, at most; what fits into memory.
+        batch_size: Training examples in a micro-batch of one process, what fits into memory; where they are packed, on
+            average, since all micro-batches of a step then have nearly equally many tokens.
         eval_batch_size: Validation examples in a batch of one process.
         global_batch_size: Examples of an optimizer step over all processes and micro-batches; how many micro-batches
             are accumulated follows from it. Null: ``batch_size`` x devices x ``trainer.accumulate_grad_batches``.
@@ -145,11 +147,26 @@ class TrainingData(LightningDataModule):
         Raises:
             UsageError: Examples or prompts cannot be read, or the batch sizes do not fit together.
         """
-        if getattr(self.trainer, "pruning", False):
+        trainer = self.trainer
+        assert trainer is not None
+        if isinstance(trainer.strategy, DeepSpeedStrategy) and isinstance(trainer.strategy.config, dict):
+            # For its logs only. Lightning would look for it in a batch sampler.
+            trainer.strategy.config.setdefault("train_micro_batch_size_per_gpu", self.batch_size)
+        if getattr(trainer, "overfit_batches", 0):
+            raise UsageError(
+                "trainer.overfit_batches puts another sampler in place of the one that makes the micro-batches. Use "
+                "data.max_rows and data.val_size: 0."
+            )
+        if getattr(trainer, "pruning", False):
             return  # `prune` runs the set-up of predict, and reads calibration text only
         if stage in ("fit", "validate") and self.examples is None:
             self.examples = self.load_examples()
         if stage == "fit":
+            if self.batching == "packed" and not getattr(self.trainer.lightning_module, "packable", True):  # type: ignore[union-attr]
+                raise UsageError(
+                    "data.batching is 'packed', and this model does not keep the examples of a row apart. Use "
+                    "data.batching: grouped."
+                )
             self._accumulate()
         if stage == "predict" and self.predict_prompts is None:
             self.predict_prompts = self.load_prompts()
@@ -171,9 +188,6 @@ class TrainingData(LightningDataModule):
                     f"device(s) takes {needed}. Leave one of the two away."
                 )
             trainer.accumulate_grad_batches = needed
-        if isinstance(trainer.strategy, DeepSpeedStrategy) and isinstance(trainer.strategy.config, dict):
-            # For its logs only. Lightning would look for it in a batch sampler.
-            trainer.strategy.config.setdefault("train_micro_batch_size_per_gpu", self.batch_size)
         rank_zero_info(
             f"{self._global_batch} examples an optimizer step: {trainer.world_size} device(s) x "
             f"{trainer.accumulate_grad_batches} micro-batch(es) of about "
@@ -244,6 +258,12 @@ class TrainingData(LightningDataModule):
         order = list(range(len(lengths)))
         if self.batching != "padded":
             order.sort(key=lambda index: -lengths[index])
+            # Not the longest first: a part of the validation set would be another kind of text.
+            size = self.eval_batch_size * trainer.world_size
+            groups = [order[start : start + size] for start in range(0, len(order), size)]
+            whole, rest = groups[: len(order) // size], groups[len(order) // size :]
+            random.Random(0).shuffle(whole)
+            order = [index for group in (*whole, *rest) for index in group]
         val = examples.val.select(order)
         schedule = Schedule(
             [lengths[i] for i in order],
@@ -299,7 +319,7 @@ def check_ranges(**minima: tuple[int | None, int]) -> None:
             raise UsageError(f"data.{option} is {value}; allowed are whole numbers from {minimum}.")
 
 
-def split(examples: "Dataset", val_size: int, source: str, what: str) -> "tuple[Dataset, Dataset]":
+def split(examples: "Dataset", val_size: int, source: str, what: str, hint: str = "") -> "tuple[Dataset, Dataset]":
     """The training and the validation part; validation comes first.
 
     Raises:
@@ -308,6 +328,6 @@ def split(examples: "Dataset", val_size: int, source: str, what: str) -> "tuple[
     if val_size >= len(examples):
         raise UsageError(
             f"data.val_size is {val_size}, but {source} gives {len(examples)} usable {what} and at least one must be "
-            "left for training. Lower data.val_size or give more."
+            f"left for training. Lower data.val_size{hint} or give more."
         )
     return examples.select(range(val_size, len(examples))), examples.select(range(val_size))

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slm_pl.compression.architecture import architecture_of, backbone, logits
-from slm_pl.errors import UsageError
+from slm_pl.compression.architecture import backbone, logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,12 +23,7 @@ def model_inputs(model: "PreTrainedModel", batch: "Batch") -> dict[str, Tensor]:
 
     No attention mask: position ids that start again tell transformers where one example ends and the next begins, and
     the padding, which comes last, is nothing that a causal model attends to.
-
-    Raises:
-        UsageError: If examples are packed, and the model would not keep them apart.
     """
-    if not architecture_of(model).packable and batch["examples"] > len(batch["input_ids"]):
-        raise UsageError(f"A {type(model).__name__} does not keep packed examples apart. Use data.batching: grouped.")
     inputs = {"input_ids": batch["input_ids"]}
     takes_positions = "position_ids" in inspect.signature(backbone(model).forward).parameters
     return {**inputs, "position_ids": batch["position_ids"]} if takes_positions else inputs

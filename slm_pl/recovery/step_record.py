@@ -10,14 +10,9 @@ from slm_pl.data.batching import Batch
 
 
 class StepRecord:
-    """Adds up the micro-batches of an optimizer step, and keeps them in case its loss is not finite.
+    """Adds up the micro-batches of an optimizer step, and keeps them in case its loss is not finite."""
 
-    Args:
-        began: When, in seconds of a clock that only runs forward.
-    """
-
-    def __init__(self, began: float) -> None:
-        self.began = began
+    def __init__(self) -> None:
         self.batches: list[Batch] = []
         self.likelihoods: list[Tensor] = []
         self.losses: list[Tensor] = []

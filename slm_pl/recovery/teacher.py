@@ -59,11 +59,13 @@ class Teacher:
             UsageError: If it cannot be loaded, or does not fit the student.
         """
         if settings.teacher is not None:
-            source = loading.resolve(settings.teacher)
+            source = loading.resolve(settings.teacher, None, source.trust_remote_code)
         elif plans and plans[0].base.pretrained != source.pretrained:
-            source = loading.resolve(plans[0].base.pretrained, plans[0].base.revision)
+            base = plans[0].base
+            source = loading.resolve(base.pretrained, base.revision, source.trust_remote_code)
         dtype = str(student.dtype).removeprefix("torch.")
-        model = loading.load_model(source, dtype)  # type: ignore[arg-type]
+        attention = getattr(student.config, "_attn_implementation", None)
+        model = loading.load_model(source, dtype, attention)  # type: ignore[arg-type]
         check_teacher(model, student, settings)
         layers = layer_origins(plans, num_layers(model)) if settings.hidden_weight else []
         rank_zero_info(f"Teacher: {source.pretrained}, {count_parameters(model) / 1e6:,.1f} M parameters, frozen")

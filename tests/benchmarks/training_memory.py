@@ -164,15 +164,16 @@ def training_memory(
     \\             single device   ddp             stages 1, 2     stage 3                       stage 3, offload
     ============  ==============  ==============  ==============  ============================  ===================
     weights       2 F  (bf16)     2 F             2 F             2 f                           host
-    adapters      2 A  (bf16)     2 A             2 A             2 a                           host
-    gradients     2 A  (bf16)     2 A             2 A, 2 a        2 a                           host
-    optimizer     4 A  (bf16)     4 A             8 a  (fp32)     8 a  (fp32)                   host
+    adapters      2 A  (bf16)     4 A  (fp32)     2 A             2 a                           host
+    gradients     2 A  (bf16)     4 A  (fp32)     2 A, 2 a        2 a                           host
+    optimizer     4 A  (bf16)     8 A  (fp32)     8 a  (fp32)     8 a  (fp32)                   host
     master        none            none            4 a  (fp32)     4 a  (fp32)                   host
-    buffers       none            2 A (buckets)   2 x 2 B         2 B + 2 P + 2 min(F + A, L)   as stage 3
+    buffers       none            4 A (buckets)   2 x 2 B         2 B + 2 P + 2 min(F + A, L)   as stage 3
     ============  ==============  ==============  ==============  ============================  ===================
 
-    Lightning's ``bf16-true`` without DeepSpeed has all in bf16, AdamW's moments as well, which take the dtype of their
-    parameter. DeepSpeed's optimizer for bf16 updates a copy in fp32 of each GPU's share of the adapters, with moments
+    The first column is Lightning's ``bf16-true`` as it is by itself, all in bf16, for comparison with measured bytes.
+    This project keeps adapters, and so their gradients and moments, in fp32 (ddp; that their inputs are cast for it is
+    not counted). DeepSpeed's optimizer for bf16 updates a copy in fp32 of each GPU's share of the adapters, with moments
     in fp32. Its gradients are in bf16: whole on each GPU in stage 1, a share from stage 2 on. B is the bucket in which
     it reduces gradients, allocated whole however few the gradients are, twice in stages 1 and 2 (``overlap_comm``). P
     are the parameters in tensors too small to be split, L the most that stage 3 keeps gathered: an upper bound.
@@ -201,10 +202,9 @@ def training_memory(
         3 * FP32 * response_tokens * sizes.vocabulary,
     )
     if strategy in ("single_device", "ddp"):
-        buckets = BF16 * trainable if strategy == "ddp" else 0
-        return TrainingMemory(
-            BF16 * frozen, BF16 * trainable, BF16 * trainable, 2 * BF16 * trainable, 0, buckets, *activations
-        )
+        dtype, buckets = (FP32, FP32 * trainable) if strategy == "ddp" else (BF16, 0)
+        state = (BF16 * frozen, dtype * trainable, dtype * trainable, 2 * dtype * trainable, 0)
+        return TrainingMemory(*state, buckets, *activations)
     optimizer, master = 2 * FP32 * sharded, FP32 * sharded
     if strategy in ("deepspeed_stage_1", "deepspeed_stage_2"):
         gradients = BF16 * (trainable if strategy == "deepspeed_stage_1" else sharded)

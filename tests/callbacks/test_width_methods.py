@@ -749,7 +749,7 @@ def test_adapters_pass_over_what_a_layer_lost_whole(model_type, tmp_path):
     save_compressed(model, pico_tokenizer(), tmp_path / "export", [plan], recovered=False)
     module = make_module(tmp_path / "export")
     with torch.enable_grad():
-        make_trainer(tmp_path / "run").fit(module, alpaca_data(tmp_path / "data"))
+        make_trainer(tmp_path / "run").fit(module, alpaca_data(tmp_path / "data", batching="grouped"))
     adapters = [name for name, parameter in module.named_parameters() if "lora_" in name]
     layers = "model.decoder.layers" if model_type == "opt" else "model.layers"
     maps = ("fc1", "fc2") if model_type == "opt" else ("mlp.",)

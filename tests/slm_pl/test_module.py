@@ -90,6 +90,7 @@ def test_rotary_frequencies_are_never_rounded(pico_dir, tmp_path, precision):
     (name,) = (name for name in found if name.endswith("rotary_emb.inv_freq"))
     assert torch.equal(found[name], expected)
     assert not torch.equal(expected.bfloat16().float(), expected)
+    assert {p.dtype for n, p in module.named_parameters() if "lora" in n} == {torch.float32}
     weights = {p.dtype for n, p in module.named_parameters() if "lora" not in n}
     assert weights == {torch.float32 if precision == "32-true" else torch.bfloat16}
 

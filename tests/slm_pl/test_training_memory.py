@@ -149,7 +149,7 @@ def by_hand(**changes: float) -> TrainingMemory:
     ("strategy", "expected"),
     [
         ("single_device", by_hand()),
-        ("ddp", by_hand(buffers=160)),
+        ("ddp", by_hand(adapters=320, gradients=320, optimizer=640, buffers=320)),
         ("deepspeed_stage_1", by_hand(optimizer=80, master=40, buffers=200e6)),
         ("deepspeed_stage_2", by_hand(gradients=20, optimizer=80, master=40, buffers=200e6)),
         (

@@ -17,6 +17,7 @@ from slm_pl.recovery.adapters import LoRA, add_adapters, merge_adapters
 from slm_pl.recovery.distillation import Distillation
 from tests.helpers.pico import pico_model
 from tests.helpers.run import Drop, Snapshot, alpaca_data, logits_of, make_module, make_trainer, without
+from tests.helpers.tokenizer import pico_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +47,37 @@ def test_loss_that_is_not_finite_stops_before_a_weight_changes_and_keeps_the_bat
     assert kept["1.loss"].isnan()
     for name, value in poison.weights.items():
         assert torch.equal(module.get_parameter(name), value), name
+
+
+def test_gradient_that_is_not_finite_stops_before_a_weight_changes(pico_dir, tmp_path):
+    class Overflow(pl.Callback):
+        def on_after_backward(self, trainer, pl_module):
+            if trainer.global_step == 1:
+                self.before = {n: p.clone() for n, p in pl_module.named_parameters() if p.requires_grad}
+                next(p for p in pl_module.parameters() if p.grad is not None).grad[0, 0] = math.inf
+
+    overflow, module = Overflow(), make_module(pico_dir)
+    with pytest.raises(FloatingPointError, match=r"gradient of optimizer step 2 has the norm inf\. Its micro"):
+        make_trainer(tmp_path, overflow, max_steps=3, gradient_clip_val=1.0).fit(module, alpaca_data(tmp_path))
+    assert (tmp_path / "nonfinite_step2_rank0.safetensors").is_file()
+    assert all(torch.equal(module.get_parameter(name), value) for name, value in overflow.before.items())
+
+
+def test_run_that_was_stopped_early_stays_stopped_when_it_goes_on(pico_dir, tmp_path):
+    def fit(**options):
+        stop = pl.callbacks.EarlyStopping(monitor="val/loss", min_delta=100.0, patience=1)
+        last = pl.callbacks.ModelCheckpoint(filename="last", monitor=None, every_n_epochs=1)
+        module = make_module(pico_dir)
+        settings = {"max_steps": -1, "max_epochs": 6, "limit_val_batches": 1.0}
+        trainer = make_trainer(tmp_path, stop, last, **settings)
+        trainer.fit(module, alpaca_data(tmp_path), **options)
+        return trainer, module
+
+    trainer, module = fit()
+    steps = trainer.global_step
+    assert len(module.history["val/loss"]) == 2  # the first, and one that is not better
+    trainer, module = fit(ckpt_path=tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (trainer.global_step, len(module.history["val/loss"])) == (steps, 2)
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -180,6 +212,28 @@ def test_what_is_logged_of_a_step(pico_dir, tmp_path):
     assert picture.startswith(b"\x89PNG")
 
 
+def test_limits_that_cut_an_optimizer_step_are_refused(pico_dir, tmp_path):
+    data = alpaca_data(tmp_path, rows=50, batch_size=2, global_batch_size=6)
+    trainer = make_trainer(tmp_path, limit_train_batches=4)
+    with pytest.raises(UsageError, match="limit_train_batches leaves 4 micro-batches .* step takes 3. Give a multiple"):
+        trainer.fit(make_module(pico_dir), data)
+    with pytest.raises(UsageError, match="trainer.overfit_batches puts another sampler"):
+        make_trainer(tmp_path, overfit_batches=2).fit(make_module(pico_dir), data)
+
+
+def test_flash_attention_takes_a_micro_batch_as_one_row(pico_dir, tmp_path):
+    """With a stand-in for the name alone: there is no such attention on a CPU."""
+    data, module = alpaca_data(tmp_path, rows=50, batch_size=10), make_module(pico_dir)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, data)
+    slot = data.train_dataloader().sampler.schedule.step(0)[0]
+    several = data.train_dataloader().dataset[slot]
+    module.load_model().config._attn_implementation = "flash_attention_2"
+    one = data.train_dataloader().dataset[slot]
+    assert len(several["input_ids"]) > len(one["input_ids"]) == 1
+    assert one["input_ids"].numel() == one["tokens"] == several["tokens"]
+
+
 def test_validation_waits_for_the_end_of_a_step(pico_dir, tmp_path, caplog):
     module = make_module(pico_dir)
     data = alpaca_data(tmp_path, rows=50, batch_size=2, global_batch_size=6)
@@ -188,6 +242,18 @@ def test_validation_waits_for_the_end_of_a_step(pico_dir, tmp_path, caplog):
         trainer.fit(module, data)
     assert "Validation is every 6 micro-batches, the next multiple of the 3 of an optimizer step" in caplog.text
     assert [step for step, _ in module.history["val/loss"]] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "opt"])
+def test_models_that_do_not_keep_packed_examples_apart_are_refused_before_the_search(model_type, tmp_path):
+    pico_model(model_type).save_pretrained(tmp_path / "model")
+    pico_tokenizer().save_pretrained(tmp_path / "model")
+    method = Drop([1])
+    with pytest.raises(UsageError, match="does not keep the examples of a row apart. Use data.batching: grouped"):
+        make_trainer(tmp_path, method).fit(make_module(tmp_path / "model"), alpaca_data(tmp_path))
+    assert method.searches == 0
+    make_trainer(tmp_path, method).fit(make_module(tmp_path / "model"), alpaca_data(tmp_path, batching="grouped"))
+    assert method.searches == 1
 
 
 def test_continued_pretraining_on_text(pico_dir, tmp_path):
