@@ -93,6 +93,7 @@ def test_fit_as_it_is_by_default_logs_and_goes_on(arguments, tmp_path, caplog):
     content = yaml.safe_load(config.read_text())
     for option in ("logger", "enable_progress_bar", "enable_checkpointing"):
         del content["trainer"][option]
+    content["trainer"]["log_every_n_steps"] = 1
     config.write_text(yaml.safe_dump(content))
     run = tmp_path / "run"
     caplog.set_level("INFO")

@@ -172,11 +172,12 @@ def training_memory(
     ============  ==============  ==============  ==============  ============================  ===================
 
     The first column is Lightning's ``bf16-true`` as it is by itself, all in bf16, for comparison with measured bytes.
-    This project keeps adapters, and so their gradients and moments, in fp32 (ddp; that their inputs are cast for it is
-    not counted). DeepSpeed's optimizer for bf16 updates a copy in fp32 of each GPU's share of the adapters, with moments
-    in fp32. Its gradients are in bf16: whole on each GPU in stage 1, a share from stage 2 on. B is the bucket in which
-    it reduces gradients, allocated whole however few the gradients are, twice in stages 1 and 2 (``overlap_comm``). P
-    are the parameters in tensors too small to be split, L the most that stage 3 keeps gathered: an upper bound.
+    This project keeps adapters, and so their gradients and moments, in fp32 (ddp; that their inputs are cast for it
+    is not counted). DeepSpeed's optimizer for bf16 updates a copy in fp32 of each GPU's share of the adapters, with
+    moments in fp32. Its gradients are in bf16: whole on each GPU in stage 1, a share from stage 2 on. B is the bucket
+    in which it reduces gradients, allocated whole however few the gradients are, twice in stages 1 and 2
+    (``overlap_comm``). P are the parameters in tensors too small to be split, L the most that stage 3 keeps gathered:
+    an upper bound.
 
     Activations do not depend on the strategy. With T tokens of width h in a micro-batch, R response tokens and a
     vocabulary of V:
