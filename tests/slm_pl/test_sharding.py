@@ -24,7 +24,7 @@ from tests.helpers.run import IDS, logits_of
 from tests.helpers.tokenizer import pico_tokenizer
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an optional dependency")
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
 
 TOKENS = IDS % 128
 SMALL = {"vocab_size": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
