@@ -71,10 +71,10 @@ def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
     trainer = config["trainer"]
     trainer.update(default_root_dir=str(tmp_path), max_steps=2, val_check_interval=2, logger=False)
     merging, similarity, export, checkpoint = trainer["callbacks"]
+    trainer["callbacks"][-1] = yaml.safe_load((ROOT / "configs" / checkpoint).read_text())
     assert similarity == {"class_path": "callbacks.RepresentationSimilarity"}
     merging["init_args"] = {"remove_layers": 4}
     export["init_args"] = {"output_dir": str(tmp_path / "export"), "compressed_dir": str(tmp_path / "pruned")}
-    checkpoint["init_args"]["dirpath"] = str(tmp_path / "checkpoints")
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", str(tmp_path / "fit.yaml")])
 

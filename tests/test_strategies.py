@@ -43,7 +43,7 @@ def strategy(name: str):
         return DDPStrategy(process_group_backend="gloo")
     from tests.helpers.deepspeed import CPUDeepSpeedStrategy
 
-    offload = {"offload_optimizer": True, "offload_parameters": True} if name.endswith("offload") else {}
+    offload = {"offload_optimizer": True, "offload_parameters": "3" in name} if name.endswith("offload") else {}
     return CPUDeepSpeedStrategy(stage=int(name.split("_")[1]), exclude_frozen_parameters=True, **offload)
 
 
@@ -119,7 +119,14 @@ def assert_equal_curves(run: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "tuning"),
-    [("ddp", "lora"), ("deepspeed_2", "lora"), ("deepspeed_3", "lora"), ("deepspeed_3_offload", "last_layers")],
+    [
+        ("ddp", "lora"),
+        ("deepspeed_1", "lora"),
+        ("deepspeed_2", "lora"),
+        ("deepspeed_2_offload", "last_layers"),
+        ("deepspeed_3", "lora"),
+        ("deepspeed_3_offload", "last_layers"),
+    ],
 )
 def test_two_processes_give_the_losses_of_one(one, pico_dir, tmp_path, name, tuning):
     if name.startswith("deepspeed"):
