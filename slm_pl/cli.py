@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -187,6 +188,8 @@ def check_configs(args: Sequence[str]) -> bool:
 def quieten() -> None:
     """Drops messages of the libraries that no user of this program can act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # dataloader workers fork after tokenising
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed tells so on standard output
     for message in (
         ".*does not have many workers.*",
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
