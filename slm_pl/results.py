@@ -24,6 +24,7 @@ import torch
 
 import slm_pl
 from slm_pl.errors import UsageError
+from slm_pl.evaluation.drift import DriftResult
 from slm_pl.evaluation.efficiency import EfficiencyResult
 from slm_pl.evaluation.perplexity import PerplexityResult
 from slm_pl.evaluation.zero_shot import ZeroShotResult
@@ -124,6 +125,7 @@ class Results:
         environment: Measured where.
         perplexity: One entry per corpus and protocol.
         zero_shot: Accuracy on multiple-choice tasks.
+        drift: Distance from the dense model, one entry per text.
         efficiency: One entry per generation setting.
         missing: Reason of each figure that is absent, by its place in the record or by name.
         schema_version: Version of the names in ``results.json``.
@@ -133,6 +135,7 @@ class Results:
     environment: Environment
     perplexity: list[PerplexityResult] = field(default_factory=list)
     zero_shot: ZeroShotResult | None = None
+    drift: list[DriftResult] = field(default_factory=list)
     efficiency: list[EfficiencyResult] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -141,9 +144,9 @@ class Results:
         """The record as JSON knows it: what is missing or not finite is left out, with its reason in ``missing``."""
         missing = dict(self.missing)
         record: dict[str, object] = {"schema_version": self.schema_version}
-        for name in ("model", "environment", "perplexity", "zero_shot", "efficiency"):
+        for name in ("model", "environment", "perplexity", "zero_shot", "drift", "efficiency"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None and (value or name != "drift"):
                 record[name] = _encode(value, name, missing)
         record["missing"] = missing
         return record

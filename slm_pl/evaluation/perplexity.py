@@ -24,6 +24,11 @@ class PerplexityResult:
         value: exp(mean cross-entropy over all targets); infinite above about 1e308.
         stderr: Standard error of ``value`` over windows by the delta method; not a number for a single window.
         sha256: Hash of the token ids: the same name does not make two texts the same.
+        stride: Tokens from the beginning of a window to that of the next; None if windows do not overlap.
+        tail: What became of the tokens behind the last whole window: ``drop`` or ``keep``.
+        word_value: Perplexity of a word: exp(mean cross-entropy x tokens of a word). Unlike ``value`` it compares across
+            tokenizers.
+        words: Words of the text that the windows cover, as white space separates them.
     """
 
     corpus: str
@@ -33,6 +38,10 @@ class PerplexityResult:
     value: float
     stderr: float
     sha256: str | None = None
+    stride: int | None = None
+    tail: str = "drop"
+    word_value: float | None = None
+    words: int | None = None
 
 
 def perplexity(

@@ -9,7 +9,7 @@ import math
 import random
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -55,6 +55,11 @@ class TaskResult:
         stderr: Its standard error; not a number for a single question.
         n: Questions asked.
         all: Every metric of the task by name.
+        stderrs: Their standard errors by name.
+        num_fewshot: Solved examples in the prompt.
+        version: The harness's version of the task.
+        requests_sha256: Hash of everything that was asked, contexts and continuations: figures compare if it is equal.
+        data: Where the questions come from: a hub id, ``local`` or ``embedded``.
     """
 
     metric: str
@@ -62,6 +67,11 @@ class TaskResult:
     stderr: float
     n: int
     all: dict[str, float]
+    stderrs: dict[str, float] = field(default_factory=dict)
+    num_fewshot: int = 0
+    version: str | None = None
+    requests_sha256: str | None = None
+    data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,18 +83,22 @@ class ZeroShotResult:
         tasks: Results by task name, in the order asked for.
         mean: Plain mean of the tasks' values.
         mean_stderr: Its standard error, ``sqrt(sum(stderr ** 2)) / tasks``.
-        num_fewshot: Solved examples in the prompt.
+        num_fewshot: Solved examples in the prompt; None where the tasks differ in it.
         limit: Most questions of a task that were asked, or None for all.
         batch_size: Requests of one forward pass, or ``auto``.
+        dtype: In which the model computed.
+        chat_template: Whether the questions were put into the tokenizer's chat template.
     """
 
     harness: str
     tasks: dict[str, TaskResult]
     mean: float
     mean_stderr: float
-    num_fewshot: int = 0
+    num_fewshot: int | None = 0
     limit: int | None = None
     batch_size: int | str = "auto"
+    dtype: str | None = None
+    chat_template: bool = False
 
 
 def zero_shot(
