@@ -6,9 +6,10 @@ None of them moves the model, changes its weights or leaves it in another mode t
 
 from slm_pl.evaluation.efficiency import EfficiencyResult, PeakMemory, Spread, measure_generation
 from slm_pl.evaluation.generation import Examples, GenerationProtocol, ModelCompletions, complete
+from slm_pl.evaluation.harness import EMBEDDED_TASK, SEVEN_TASKS, task_prompts
 from slm_pl.evaluation.perplexity import PerplexityResult, perplexity
 from slm_pl.evaluation.representation import representation_similarity
-from slm_pl.evaluation.zero_shot import EMBEDDED_TASK, SEVEN_TASKS, TaskResult, ZeroShotResult, task_prompts, zero_shot
+from slm_pl.evaluation.zero_shot import TaskResult, ZeroShotResult, zero_shot
 
 __all__ = [
     "EMBEDDED_TASK",

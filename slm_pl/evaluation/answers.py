@@ -1,0 +1,116 @@
+"""Measured figures in the cache directory, found again for the same weights and the same questions."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from slm_pl import files
+from slm_pl.data.tokenised import fingerprint
+from slm_pl.evaluation._model import device_of
+from slm_pl.loading import cache_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+"""Version of what an entry holds."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """An entry of the cache.
+
+    Args:
+        result: The figures, as JSON has them.
+        samples: The records of every question, by task, where they were kept.
+    """
+
+    result: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]] | None
+
+
+def text_sha256(text: str) -> str:
+    """Hash of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of a model's configuration and of every parameter and buffer, by name, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    if config is not None:
+        known = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+        digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def key(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", asked: Mapping[str, object]) -> str:
+    """Name of an entry: a hash of everything that decides the figures to the last digit; the same on all processes.
+
+    Args:
+        model: For its weights, their dtype and device.
+        tokenizer: For its vocabulary and rules.
+        asked: What was asked and how.
+    """
+    import transformers
+
+    device = device_of(model)
+    known = {
+        "format": FORMAT,
+        "weights": weights_sha256(model),
+        "tokenizer": fingerprint(tokenizer, {}, ()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "attention": str(getattr(getattr(model, "config", None), "_attn_implementation", None)),
+        "processes": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        **asked,
+    }
+    return text_sha256(json.dumps(known, sort_keys=True))
+
+
+def find(name: str, samples: bool) -> Answers | None:
+    """An entry, if the first process has it.
+
+    Args:
+        name: Its :func:`key`.
+        samples: Whether the records of the questions are needed, too.
+    """
+    together = dist.is_available() and dist.is_initialized()
+    box = [_read(name, samples) if not together or dist.get_rank() == 0 else None]
+    if together:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _read(name: str, samples: bool) -> Answers | None:
+    path = cache_directory() / "zero_shot" / name
+    try:
+        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        if not samples:
+            return Answers(result, None)
+        return Answers(result, json.loads((path / "samples.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def keep(name: str, result: Mapping[str, Any], samples: Mapping[str, Any] | None) -> None:
+    """Leaves an entry, whole or not at all."""
+    from lm_eval.utils import handle_non_serializable
+
+    path = cache_directory() / "zero_shot" / name
+    files.make_directory(path.parent)
+    with files.new_directory(path, overwrite=True) as directory:
+        if samples is not None:
+            text = json.dumps(samples, default=handle_non_serializable, ensure_ascii=False)
+            (directory / "samples.json").write_text(text, encoding="utf-8")
+        (directory / "result.json").write_text(json.dumps(result), encoding="utf-8")
