@@ -9,49 +9,15 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
 
+from slm_pl import protocols
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.efficiency import EfficiencyResult, Spread
+from slm_pl.evaluation.perplexity import PerplexityResult
+from slm_pl.evaluation.zero_shot import TaskResult, ZeroShotResult
+from slm_pl.ranking import with_marks, with_ratios
 from slm_pl.results import Results
-
-Quantity = Literal["count", "parameters", "perplexity", "accuracy", "seconds", "rate", "bytes", "share"]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One figure of one model.
-
-    Args:
-        value: In the row's unit; None if it is absent.
-        stderr: Its standard error, where there is one.
-        ratio: ``value`` over the dense baseline's, in rows that show it.
-        reason: Why ``value`` is absent.
-        spread: Standard deviation over the repeats of a timing.
-    """
-
-    value: float | None
-    stderr: float | None = None
-    ratio: float | None = None
-    reason: str | None = None
-    spread: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One quantity of all models, measured with one protocol.
-
-    Args:
-        name: Stable name, such as ``zero_shot.boolq.acc``.
-        title: For people.
-        quantity: What kind of number it is; accuracy is a fraction, memory is in bytes, time in seconds.
-        cells: One per model, in the comparison's order.
-    """
-
-    name: str
-    title: str
-    quantity: Quantity
-    cells: list[Cell]
+from slm_pl.rows import MACHINE, Cell, Place, Protocol, Quantity, Row, one_line
 
 
 @dataclass(frozen=True)
@@ -65,7 +31,7 @@ class Comparison:
         baseline: Whether the first column is a dense baseline.
         rows: The table.
         warnings: What keeps figures from being comparable.
-        output_dir: Where comparison.md, .json and .png are.
+        output_dir: Where the report goes.
         export: Directory of the last compressed model among the records, if it is there.
     """
 
@@ -108,17 +74,17 @@ def line_up(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
         records=records,
         baseline=baseline,
         rows=_rows(records, baseline),
-        warnings=_warnings(labels, records, baseline),
+        warnings=[one_line(warning) for warning in protocols.warnings_of(labels, records, baseline)],
         output_dir=Path(output_dir),
         export=_last_export(records),
     )
 
 
 def _distinct_labels(files: list[Path], records: list[Results]) -> list[str]:
-    labels = [record.model.label for record in records]
+    labels = [one_line(record.model.label) or "unnamed" for record in records]
     doubled = {label for label in labels if labels.count(label) > 1}
     labels = [
-        f"{label} ({file.resolve().parent.name})" if label in doubled else label
+        f"{label} ({one_line(file.resolve().parent.name)})" if label in doubled else label
         for label, file in zip(labels, files, strict=True)
     ]
     return [
@@ -134,8 +100,35 @@ def _last_export(records: list[Results]) -> str | None:
     return None
 
 
-# A protocol is a tuple of everything that two figures must share to stand in one row.
-_Protocol = tuple[object, ...]
+@dataclass(frozen=True)
+class _Figure:
+    """A figure of one model on its way into a row.
+
+    Args:
+        subject: What was measured, however it was measured.
+        row: The row that it belongs to, still without cells.
+        cell: The figure.
+        differences: Tells in what its protocol differs from another one.
+    """
+
+    subject: str
+    row: Row
+    cell: Cell
+    differences: Callable[[Protocol], str]
+
+
+def _figure(
+    subject: str,
+    name: str,
+    title: str,
+    quantity: Quantity,
+    protocol: Protocol,
+    cell: Cell,
+    place: Place = "table",
+    exact: dict[str, str] | None = None,
+) -> _Figure:
+    row = Row(name, one_line(title), quantity, [], protocol, place)
+    return _Figure(subject, row, cell, lambda here: protocols.differences(protocol, here, exact))
 
 
 def _rows(records: list[Results], baseline: bool) -> list[Row]:
@@ -143,11 +136,31 @@ def _rows(records: list[Results], baseline: bool) -> list[Row]:
         Row("num_layers", "Decoder layers", "count", [Cell(record.model.num_layers) for record in records]),
         Row("num_parameters", "Parameters", "parameters", [Cell(record.model.num_parameters) for record in records]),
         *_requested_rows(records),
-        *_perplexity_rows(records),
-        *_zero_shot_rows(records),
-        *_efficiency_rows(records),
+        *_lined_up(records, "perplexity", _perplexities),
+        *_lined_up(records, "perplexity", _word_perplexities),
+        *_lined_up(records, "zero_shot", _tasks),
+        *_lined_up(records, "zero_shot", _means),
+        *_lined_up(records, "drift", _drifts),
+        *_lined_up(records, "efficiency", _generations),
     ]
-    return [_with_ratios(row) if baseline else row for row in rows]
+    if baseline:
+        rows = [with_ratios(row) for row in rows]
+    competing = [record.model.plan_sha256 is not None for record in records]
+    competitors = [record for record in records if record.model.plan_sha256 is not None]
+    rows = [
+        with_marks(row, competing)
+        if row.quantity not in MACHINE or protocols.same_machine(competitors, row.quantity)
+        else row
+        for row in rows
+    ]
+    # One ratio of each kind of quality says what was kept; one in every cell would hide the figures.
+    shown = {
+        next((row.name for row in rows if row.name.startswith(start)), "")
+        for start in ("perplexity.", "zero_shot.mean.")
+    }
+    return [
+        dataclasses.replace(row, show_ratio=row.quantity in ("parameters", "rate") or row.name in shown) for row in rows
+    ]
 
 
 def _requested_rows(records: list[Results]) -> list[Row]:
@@ -160,96 +173,212 @@ def _requested_rows(records: list[Results]) -> list[Row]:
     return [Row("requested_ratio", "Removal asked for", "share", cells)]
 
 
-def _with_ratios(row: Row) -> Row:
-    dense = row.cells[0].value
-    if row.quantity not in ("parameters", "rate") or not dense:
-        return row
-    cells = [
-        dataclasses.replace(cell, ratio=cell.value / dense) if cell.value is not None and index else cell
-        for index, cell in enumerate(row.cells)
-    ]
-    return dataclasses.replace(row, cells=cells)
-
-
-def _in_order(keys: Iterable[_Protocol]) -> list[_Protocol]:
-    return list(dict.fromkeys(keys))
-
-
-def _cell(record: Results, place: str, value: float, stderr: float | None = None) -> Cell:
-    if not math.isfinite(value):
-        return Cell(None, reason=record.missing.get(place, "not a finite number"))
-    return Cell(value, stderr if stderr is not None and math.isfinite(stderr) else None)
-
-
-def _absent(record: Results, room: str, has_others: bool) -> Cell:
-    """The cell of a model that was not measured with a row's protocol."""
-    reason = record.missing.get(room)
-    return Cell(None, reason=reason or ("measured with another protocol only" if has_others else "not measured"))
-
-
-def _perplexity_rows(records: list[Results]) -> list[Row]:
-    found = [
-        {
-            (one.corpus, one.sequence_length, one.bos, one.tokens, one.sha256): index
-            for index, one in enumerate(record.perplexity)
-        }
-        for record in records
-    ]
+def _lined_up(records: list[Results], room: str, figures_of: Callable[[Results], Iterable[_Figure]]) -> list[Row]:
+    """Puts figures of the same protocol into rows, and the reason into the cells of models that lack one."""
+    found = [{_key(figure.row): figure for figure in figures_of(record)} for record in records]
     rows = []
-    for key in _in_order(key for one in found for key in one):
-        corpus, length, bos, tokens, sha256 = key
-        cells = []
-        for record, places in zip(records, found, strict=True):
-            if key not in places:
-                cells.append(_absent(record, "perplexity", bool(places)))
-                continue
-            one = record.perplexity[places[key]]
-            cells.append(_cell(record, f"perplexity[{places[key]}].value", one.value, one.stderr))
-        bos_text = "" if bos == "none" else f", BOS {bos}"
-        title = f"Perplexity {corpus} @ {length} ({tokens:,} tokens{bos_text})"
-        rows.append(
-            Row(
-                f"perplexity.{corpus}.{length}.{bos}.{tokens}" + (f".{str(sha256)[:8]}" if sha256 else ""),
-                title,
-                "perplexity",
-                cells,
-            )
-        )
-    return rows
-
-
-def _zero_shot_rows(records: list[Results]) -> list[Row]:
-    found: list[dict[_Protocol, Cell]] = []
-    for record in records:
-        cells: dict[_Protocol, Cell] = {}
-        result = record.zero_shot
-        if result is not None:
-            for task, one in result.tasks.items():
-                cells[("task", task, one.metric, one.n)] = _cell(
-                    record, f"zero_shot.tasks.{task}.value", one.value, one.stderr
-                )
-            asked = tuple((task, one.metric, one.n) for task, one in sorted(result.tasks.items()))
-            cells[("mean", asked)] = _cell(record, "zero_shot.mean", result.mean, result.mean_stderr)
-        found.append(cells)
-
-    # All tasks first, then the means.
-    keys = sorted(_in_order(key for cells in found for key in cells), key=lambda key: key[0] == "mean")
-    rows = []
-    for key in keys:
-        if key[0] == "task":
-            _, task_name, metric, n = key
-            name, title = f"zero_shot.{task_name}.{metric}.{n}", f"{task_name}, {metric} (n = {n:,})"
-        else:
-            asked = cast(tuple[tuple[str, str, int], ...], key[1])
-            name = f"zero_shot.mean.{'+'.join(f'{task}.{n}' for task, _, n in asked)}"
-            questions = sum(n for _, _, n in asked)
-            title = f"Zero-shot mean ({len(asked)} task{'s' if len(asked) > 1 else ''}, {questions:,} questions)"
-        row = [
-            cells[key] if key in cells else _absent(record, "zero_shot", bool(cells))
-            for record, cells in zip(records, found, strict=True)
+    for key in dict.fromkeys(key for one in found for key in one):
+        same = [one[key] for one in found if key in one]
+        row = next((figure.row for figure in same if figure.row.place != "data"), same[0].row)
+        cells = [
+            one[key].cell if key in one else _absent(record, room, same[0], list(one.values()))
+            for record, one in zip(records, found, strict=True)
         ]
-        rows.append(Row(name, title, "accuracy", row))
-    return rows
+        rows.append(dataclasses.replace(row, cells=cells))
+    return _told_apart(rows)
+
+
+def _key(row: Row) -> tuple[str, str]:
+    return row.name, protocols.frozen(row.protocol)
+
+
+def _absent(record: Results, room: str, wanted: _Figure, own: list[_Figure]) -> Cell:
+    """The cell of a model that was not measured with a row's protocol."""
+    same = [figure for figure in own if figure.subject == wanted.subject]
+    if same:
+        here = wanted.row.protocol
+        nearest = min(same, key=lambda figure: len(protocols.differing_fields(figure.row.protocol, here)))
+        return Cell(None, reason=one_line(f"measured with {nearest.differences(here)}"))
+    if room == "drift" and record.model.plan_sha256 is None and room not in record.missing:
+        return Cell(None, reason="it is the distance from the dense model")
+    return Cell(None, reason=one_line(record.missing.get(room, "not measured")))
+
+
+def _told_apart(rows: list[Row]) -> list[Row]:
+    """Adds to equal titles what the rows' protocols differ in."""
+    titles = [row.title for row in rows]
+    apart = []
+    for row in rows:
+        others = [other.protocol for other in rows if other.title == row.title and other is not row]
+        if titles.count(row.title) > 1:
+            fields = dict.fromkeys(name for other in others for name in protocols.differing_fields(other, row.protocol))
+            if all(isinstance(row.protocol[name], dict) for name in fields):  # a mean's tasks
+                told = f"protocol {protocols.fingerprint(row.protocol)}"
+            else:
+                told = ", ".join(protocols.field_text(name, row.protocol[name]) for name in fields)
+            row = dataclasses.replace(row, title=one_line(f"{row.title.removesuffix(')')}, {told})"))
+        apart.append(row)
+    return apart
+
+
+def _cell(record: Results, place: str, value: float | None, stderr: float | None = None, n: int | None = None) -> Cell:
+    if value is None or not math.isfinite(value):
+        return Cell(None, reason=one_line(record.missing.get(place, "not a finite number")))
+    return Cell(value, stderr if stderr is not None and math.isfinite(stderr) else None, n=n)
+
+
+def _window_notes(protocol: Protocol) -> tuple[str, str]:
+    """What is unusual of how windows were cut: for the title, and for the name."""
+    title = name = ""
+    if protocol["bos"] != "none":
+        title += f", BOS {protocol['bos']}"
+    if protocol["stride"] is not None:
+        title += f", stride {protocol['stride']}"
+        name += f".stride{protocol['stride']}"
+    if protocol["tail"] != "drop":
+        title += f", tail {protocol['tail']}"
+        name += f".{protocol['tail']}"
+    if protocol.get("sha256"):
+        name += f".{str(protocol['sha256'])[:8]}"
+    return title, name
+
+
+def _perplexities(record: Results) -> Iterable[_Figure]:
+    for index, one in enumerate(record.perplexity):
+        protocol = protocols.perplexity_protocol(one)
+        title, name = _window_notes(protocol)
+        yield _figure(
+            one.corpus,
+            f"perplexity.{one.corpus}.{one.sequence_length}.{one.bos}.{one.tokens}{name}",
+            f"Perplexity {one.corpus} @ {one.sequence_length} ({one.tokens:,} tokens{title})",
+            "perplexity",
+            protocol,
+            _cell(record, f"perplexity[{index}].value", one.value, one.stderr, one.tokens),
+        )
+
+
+def _word_perplexities(record: Results) -> Iterable[_Figure]:
+    for index, one in enumerate(record.perplexity):
+        place = f"perplexity[{index}].word_value"
+        if one.words is None or (one.word_value is None and place not in record.missing):
+            continue
+        protocol = protocols.word_protocol(one)
+        title, name = _window_notes(protocol)
+        yield _figure(
+            one.corpus,
+            f"word_perplexity.{one.corpus}.{one.sequence_length}.{one.bos}.{one.words}{name}",
+            f"Word perplexity {one.corpus} @ {one.sequence_length} ({one.words:,} words{title})",
+            "perplexity",
+            protocol,
+            _cell(record, place, one.word_value, word_stderr(one), one.words),
+            place="page",
+        )
+
+
+def word_stderr(one: PerplexityResult) -> float | None:
+    """Standard error of a word's perplexity by the delta method, from that of a token's.
+
+    Both are exp(loss x k), k being the tokens of a word or 1: the relative errors differ by the factor k.
+    """
+    if one.word_value is None or not (one.word_value > 1 and 1 < one.value < math.inf):
+        return None
+    return one.word_value * math.log(one.word_value) / math.log(one.value) * one.stderr / one.value
+
+
+# What is a share of the questions; of another metric nobody here knows the unit, or which side is better.
+_ACCURACIES = ("acc", "exact_match", "em", "f1")
+
+
+def _tasks(record: Results) -> Iterable[_Figure]:
+    result = record.zero_shot
+    if result is None:
+        return
+    in_mean = protocols.mean_tasks(result)
+    for task, one in result.tasks.items():
+        for metric in dict.fromkeys((one.metric, *one.all)):
+            reported = metric == one.metric
+            protocol = protocols.task_protocol(result, one, metric)
+            value, stderr = (one.value, one.stderr) if reported else (one.all[metric], one.stderrs.get(metric))
+            yield _figure(
+                f"{task} {metric}",
+                f"zero_shot.{task}.{metric}.{one.n}{_task_name(protocol)}",
+                f"{task}, {metric} (n = {one.n:,}{_task_notes(protocol)})",
+                "accuracy" if metric.startswith(_ACCURACIES) or (reported and task in in_mean) else "number",
+                protocol,
+                _cell(record, f"zero_shot.tasks.{task}.value" if reported else "", value, stderr, one.n),
+                place="table" if reported else "data",
+                exact=_exact(result, one),
+            )
+
+
+def _exact(result: ZeroShotResult, one: TaskResult) -> dict[str, str]:
+    """How people say what a protocol's fields say."""
+    limited = {"n": f"limit {one.n}"} if result.limit == one.n else {}
+    return {"harness": f"harness {result.harness}", **limited}
+
+
+def _task_notes(protocol: Protocol) -> str:
+    """What is unusual of how a task was asked, for the title."""
+    notes = [f"{protocol['num_fewshot']}-shot"] if protocol["num_fewshot"] else []
+    notes += ["chat template"] if protocol["chat_template"] else []
+    notes += [str(protocol["harness"])] if protocol["harness"] != protocols.HARNESS else []
+    return "".join(f", {note}" for note in notes)
+
+
+def _task_name(protocol: Protocol) -> str:
+    """What else identifies how a task was asked, for the name."""
+    parts = [f"{protocol['num_fewshot']}shot"] if protocol["num_fewshot"] else []
+    parts += ["chat"] if protocol["chat_template"] else []
+    parts += [str(protocol["harness"]).replace(" ", "-")] if protocol["harness"] != protocols.HARNESS else []
+    parts += [f"v{protocol['version']}"] if protocol["version"] is not None else []
+    parts += [str(protocol["requests_sha256"])[:8]] if protocol["requests_sha256"] else []
+    return "".join(f".{part}" for part in parts)
+
+
+def _means(record: Results) -> Iterable[_Figure]:
+    result = record.zero_shot
+    if result is None or not result.tasks:
+        return
+    protocol, tasks = protocols.mean_protocol(result), protocols.mean_tasks(result)
+    exact = {task: _exact(result, one) for task, one in tasks.items()}
+    k, questions = len(tasks), sum(one.n for one in tasks.values())
+    notes = {_task_notes(protocols.task_protocol(result, one, one.metric)) for one in tasks.values()}
+    note = notes.pop() if len(notes) == 1 else ""
+    row = Row(
+        # The tasks' names would make a name of several lines; they are in the protocol.
+        f"zero_shot.mean.{k}.{questions}.{protocols.fingerprint(protocol)}",
+        f"Zero-shot mean ({k} task{'s' if k > 1 else ''}, {questions:,} questions{note})",
+        "accuracy",
+        [],
+        protocol,
+    )
+    cell = _cell(record, "zero_shot.mean", result.mean, result.mean_stderr, questions)
+    yield _Figure("mean", row, cell, lambda here: protocols.mean_differences(protocol, here, exact))
+
+
+def _drifts(record: Results) -> Iterable[_Figure]:
+    for index, one in enumerate(record.drift):
+        protocol = protocols.drift_protocol(one)
+        title, name = _window_notes(protocol)
+        name = f"{one.corpus}.{one.sequence_length}.{one.bos}.{one.tokens}{name}"
+        title = f"({one.corpus} @ {one.sequence_length}{title})"
+        yield _figure(
+            f"kl {one.corpus}",
+            f"drift.kl.{name}",
+            f"KL from dense, nats {title}",
+            "divergence",
+            protocol,
+            _cell(record, f"drift[{index}].kl", one.kl, one.kl_stderr, one.tokens),
+        )
+        yield _figure(
+            f"top1 {one.corpus}",
+            f"drift.top1_agreement.{name}",
+            f"Top-1 agreement with dense {title}",
+            "agreement",
+            protocol,
+            _cell(record, f"drift[{index}].top1_agreement", one.top1_agreement, one.top1_stderr, one.tokens),
+            place="page",
+        )
 
 
 _SPREADS: tuple[tuple[str, str, Quantity, Callable[[EfficiencyResult], Spread]], ...] = (
@@ -259,109 +388,30 @@ _SPREADS: tuple[tuple[str, str, Quantity, Callable[[EfficiencyResult], Spread]],
 )
 
 
-def _timing_cell(record: Results, place: str, spread: Spread) -> Cell:
-    cell = _cell(record, f"{place}.median", spread.median)
-    return dataclasses.replace(cell, spread=spread.stdev) if math.isfinite(spread.stdev) else cell
-
-
-def _efficiency_rows(records: list[Results]) -> list[Row]:
-    found = [
-        {
-            (one.protocol, one.batch_size, one.prompt_tokens, one.new_tokens): index
-            for index, one in enumerate(record.efficiency)
-        }
-        for record in records
-    ]
-    rows = []
-    for key in _in_order(key for one in found for key in one):
-        protocol, batch_size, prompt_tokens, new_tokens = key
-        setting = f"batch {batch_size}, {prompt_tokens} + {new_tokens} tokens"
-        name = f"efficiency.{protocol}.{batch_size}.{prompt_tokens}.{new_tokens}"
-        absent = [_absent(record, "efficiency", bool(places)) for record, places in zip(records, found, strict=True)]
-        for figure, title, quantity, spread in _SPREADS:
-            cells = [
-                _timing_cell(record, f"efficiency[{places[key]}].{figure}", spread(record.efficiency[places[key]]))
-                if key in places
-                else cell
-                for record, places, cell in zip(records, found, absent, strict=True)
-            ]
-            rows.append(Row(f"{name}.{figure}", f"{title} ({setting})", quantity, cells))
-        cells = [
-            _memory_cell(record, places[key]) if key in places else cell
-            for record, places, cell in zip(records, found, absent, strict=True)
-        ]
-        rows.append(Row(f"{name}.peak_memory_bytes", f"Peak memory ({setting})", "bytes", cells))
-    return rows
+def _generations(record: Results) -> Iterable[_Figure]:
+    for index, one in enumerate(record.efficiency):
+        protocol = protocols.generation_protocol(one)
+        setting = f"batch {one.batch_size}, {one.prompt_tokens} + {one.new_tokens} tokens"
+        name = f"efficiency.{one.protocol}.{one.batch_size}.{one.prompt_tokens}.{one.new_tokens}"
+        for figure, title, quantity, spread_of in _SPREADS:
+            spread = spread_of(one)
+            cell = _cell(record, f"efficiency[{index}].{figure}.median", spread.median, n=one.repeats)
+            if math.isfinite(spread.stdev):
+                cell = dataclasses.replace(cell, spread=spread.stdev)
+            yield _figure(figure, f"{name}.{figure}", f"{title} ({setting})", quantity, protocol, cell)
+        yield _figure(
+            "peak_memory_bytes",
+            f"{name}.peak_memory_bytes",
+            f"Peak memory ({setting})",
+            "bytes",
+            protocol,
+            _memory_cell(record, index),
+        )
 
 
 def _memory_cell(record: Results, index: int) -> Cell:
     peak = record.efficiency[index].peak_memory_bytes
     if peak is None:
-        return Cell(None, reason=record.missing.get(f"efficiency[{index}].peak_memory_bytes", "not measured"))
+        reason = record.missing.get(f"efficiency[{index}].peak_memory_bytes", "not measured")
+        return Cell(None, reason=one_line(reason))
     return Cell(peak.max)
-
-
-def _warnings(labels: list[str], records: list[Results], baseline: bool) -> list[str]:
-    warnings = []
-    if not baseline:
-        warnings.append(
-            "There is no dense baseline among the records, so nothing here says what compression cost. Run `main.py "
-            "test` on the dense model too and add its results.json."
-        )
-
-    def differing(what: str, of: Callable[[Results], object], consequence: str) -> None:
-        values = {label: of(record) for label, record in zip(labels, records, strict=True)}
-        # A room that a record lacks is a footnote in the table, not a difference.
-        values = {label: value for label, value in values.items() if value not in (None, (), [])}
-        if len({repr(value) for value in values.values()}) > 1:
-            each = "; ".join(f"{label}: {_plain(value)}" for label, value in values.items())
-            warnings.append(f"The records differ in {what} ({each}): {consequence}.")
-
-    speed = "speed and memory do not compare"
-    differing("device", lambda record: record.environment.device, speed)
-    differing("device name", lambda record: record.environment.device_name, speed)
-    differing("threads", lambda record: record.environment.threads, speed)
-    differing("dtype", lambda record: record.environment.dtype, "speed, memory and the last digits do not compare")
-    differing(
-        "embedded text",
-        lambda record: (record.environment.embedded_sha256 or "")[:8] or None,
-        "it comes from the running Python: what was measured on it does not compare",
-    )
-    differing("torch version", lambda record: record.environment.packages.get("torch"), speed)
-    differing(
-        "perplexity protocol",
-        lambda record: sorted(
-            f"{one.corpus} @ {one.sequence_length}, BOS {one.bos}, {one.tokens} tokens, "
-            f"ids {(one.sha256 or 'unknown')[:8]}"
-            for one in record.perplexity
-        ),
-        "only figures in one row compare",
-    )
-    differing(
-        "zero-shot protocol",
-        lambda record: (
-            (record.zero_shot.harness, f"{record.zero_shot.num_fewshot} examples", f"limit {record.zero_shot.limit}")
-            if record.zero_shot
-            else None
-        ),
-        "their accuracies do not compare",
-    )
-    differing(
-        "generation protocol",
-        lambda record: sorted(
-            f"{one.protocol}, batch {one.batch_size}, {one.prompt_tokens} + {one.new_tokens} tokens, "
-            f"{one.warmup} warm-up, {one.repeats} repeats"
-            for one in record.efficiency
-        ),
-        "only figures in one row compare",
-    )
-    differing(
-        "memory counted",
-        lambda record: sorted({one.peak_memory_bytes.source for one in record.efficiency if one.peak_memory_bytes}),
-        "peak memory does not compare",
-    )
-    return warnings
-
-
-def _plain(value: object) -> str:
-    return ", ".join(str(part) for part in value) if isinstance(value, list | tuple) else str(value)

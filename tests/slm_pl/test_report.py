@@ -9,76 +9,18 @@ import pytest
 import torch
 
 from slm_pl.errors import UsageError
-from slm_pl.evaluation import EfficiencyResult, PeakMemory, PerplexityResult, Spread, TaskResult, ZeroShotResult
 from slm_pl.report import compare
-from slm_pl.results import Environment, ModelIdentity, Results
-
-ENVIRONMENT = Environment(
-    packages={"torch": "2.13.0", "python": "3.11.7"},
-    device="cpu",
-    device_name="a processor",
-    threads=2,
-    dtype="float32",
-    date="2026-11-22T00:00:00+00:00",
-    git=None,
-    platform="Linux",
-)
-
-
-def _spread(value):
-    return Spread(median=value, mean=value, stdev=0.1, min=value, max=value)
-
-
-def _results(label, plan=None, perplexity=20.0, accuracy=0.6, latency=4.0, **environment):
-    return Results(
-        model=ModelIdentity(label, f"models/{label}", "models/dense", 24 if plan else 30, 80 if plan else 100, plan),
-        environment=dataclasses.replace(ENVIRONMENT, **environment),
-        perplexity=[PerplexityResult("embedded", 128, "none", 4064, perplexity, 0.5)],
-        zero_shot=ZeroShotResult(
-            "lm_eval 0.4.13", {"boolq": TaskResult("acc", accuracy, 0.02, 25, {"acc": accuracy})}, accuracy, 0.02
-        ),
-        efficiency=[
-            EfficiencyResult(
-                protocol="shortened_llama",
-                batch_size=1,
-                prompt_tokens=12,
-                new_tokens=128,
-                warmup=10,
-                repeats=20,
-                latency_s=_spread(latency),
-                time_to_first_token_s=_spread(latency / 20),
-                output_tokens_per_s=_spread(128 / latency),
-                peak_memory_bytes=PeakMemory(2**30, "process peak resident set (VmHWM)"),
-            )
-        ],
-    )
-
-
-def _save(folder, **records):
-    paths = []
-    for name, record in records.items():
-        record.save(folder / name / "results.json")
-        paths.append(str(folder / name / "results.json"))
-    return paths
-
-
-def _row(comparison, start):
-    (row,) = [row for row in comparison.rows if row.name.startswith(start)]
-    return row
-
-
-def _values(comparison, start):
-    return [cell.value for cell in _row(comparison, start).cells]
-
+from slm_pl.results import Environment, Results
+from tests.helpers.records import record_of, row_of, save, values_of
 
 # ------------------------------------------------------------------------------------------------- the record
 
 
 def test_round_trip_and_names(tmp_path):
-    results = _results("pruned", plan="ab")
-    results.missing["gpu_utilisation"] = "no NVML device"
-    results.save(tmp_path / "new" / "results.json")
-    assert Results.load(tmp_path / "new" / "results.json") == results
+    record = record_of("pruned", plan="ab")
+    record.missing["gpu_utilisation"] = "no NVML device"
+    record.save(tmp_path / "new" / "results.json")
+    assert Results.load(tmp_path / "new" / "results.json") == record
     data = json.loads((tmp_path / "new" / "results.json").read_text())
     assert list(data) == [
         "schema_version", "model", "environment", "perplexity", "zero_shot", "efficiency", "missing",
@@ -94,10 +36,10 @@ def test_round_trip_and_names(tmp_path):
     }
     assert data["perplexity"][0] == {
         "corpus": "embedded", "sequence_length": 128, "bos": "none", "tokens": 4064, "value": 20.0, "stderr": 0.5,
-        "sha256": None,
+        "sha256": None, "stride": None, "tail": "drop", "word_value": None, "words": None,
     }  # fmt: skip
-    boolq = {"metric": "acc", "value": 0.6, "stderr": 0.02, "n": 25, "all": {"acc": 0.6}}
-    assert data["zero_shot"]["tasks"] == {"boolq": boolq}
+    boolq = {"metric": "acc", "value": 0.6, "stderr": 0.02, "n": 25, "all": {"acc": 0.6}, "stderrs": {}}
+    assert boolq.items() <= data["zero_shot"]["tasks"]["boolq"].items()
     assert (data["zero_shot"]["harness"], data["zero_shot"]["mean"]) == ("lm_eval 0.4.13", 0.6)
     entry = data["efficiency"][0]
     assert entry["latency_s"] == {"median": 4.0, "mean": 4.0, "stdev": 0.1, "min": 4.0, "max": 4.0}
@@ -108,12 +50,12 @@ def test_round_trip_and_names(tmp_path):
 
 
 def test_what_is_missing_is_absent_with_its_reason(tmp_path):
-    results = _results("pruned", plan="ab", perplexity=math.inf)
-    results.zero_shot = None
-    results.efficiency[0] = dataclasses.replace(
-        results.efficiency[0], peak_memory_bytes=None, missing={"peak_memory_bytes": "not allowed"}
+    record = record_of("pruned", plan="ab", perplexity=math.inf)
+    record.zero_shot = None
+    record.efficiency[0] = dataclasses.replace(
+        record.efficiency[0], peak_memory_bytes=None, missing={"peak_memory_bytes": "not allowed"}
     )
-    results.save(tmp_path / "results.json")
+    record.save(tmp_path / "results.json")
     data = json.loads((tmp_path / "results.json").read_text())
     assert "zero_shot" not in data
     assert "value" not in data["perplexity"][0]
@@ -129,11 +71,11 @@ def test_what_is_missing_is_absent_with_its_reason(tmp_path):
 
 
 def test_fields_of_a_later_version_are_ignored(tmp_path):
-    data = _results("dense").to_dict()
+    data = record_of("dense").to_dict()
     data["energy"] = 3
-    data["perplexity"][0]["stride"] = 64
+    data["perplexity"][0]["bits_per_byte"] = 1.5
     (tmp_path / "results.json").write_text(json.dumps(data))
-    assert Results.load(tmp_path / "results.json") == _results("dense")
+    assert Results.load(tmp_path / "results.json") == record_of("dense")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +92,7 @@ def test_fields_of_a_later_version_are_ignored(tmp_path):
     ],
 )
 def test_broken_records(tmp_path, change, message):
-    data = _results("dense").to_dict()
+    data = record_of("dense").to_dict()
     change(data)
     (tmp_path / "results.json").write_text(json.dumps(data))
     with pytest.raises(UsageError, match=message):
@@ -202,36 +144,42 @@ def test_import_is_light():
 
 
 def test_figures_side_by_side(tmp_path, capsys):
-    paths = _save(
+    paths = save(
         tmp_path,
-        pruned=_results("pruned", "ab", perplexity=9000.0, accuracy=0.25, latency=3.2),
-        dense=_results("dense"),
-        recovered=_results("recovered", "ab", perplexity=40.0, accuracy=0.5, latency=3.2),
+        pruned=record_of("pruned", "ab", perplexity=9000.0, accuracy=0.25, latency=3.2),
+        dense=record_of("dense"),
+        recovered=record_of("recovered", "ab", perplexity=40.0, accuracy=0.5, latency=3.2),
     )
     comparison = compare(paths)
     assert comparison.labels == ["dense", "pruned", "recovered"]
     assert comparison.baseline
     assert comparison.warnings == []
-    assert _values(comparison, "num_layers") == [30, 24, 24]
-    assert _values(comparison, "perplexity.embedded.128") == [20.0, 9000.0, 40.0]
-    assert _values(comparison, "zero_shot.boolq.acc") == [0.6, 0.25, 0.5]
-    assert _values(comparison, "zero_shot.mean") == [0.6, 0.25, 0.5]
-    assert [cell.ratio for cell in _row(comparison, "num_parameters").cells] == [None, 0.8, 0.8]
+    assert values_of(comparison, "num_layers") == [30, 24, 24]
+    assert values_of(comparison, "perplexity.embedded.128") == [20.0, 9000.0, 40.0]
+    assert values_of(comparison, "zero_shot.boolq.acc") == [0.6, 0.25, 0.5]
+    assert values_of(comparison, "zero_shot.mean") == [0.6, 0.25, 0.5]
+    assert [cell.ratio for cell in row_of(comparison, "num_parameters").cells] == [None, 0.8, 0.8]
     (speed,) = [row for row in comparison.rows if row.name.endswith("output_tokens_per_s")]
     assert [cell.ratio for cell in speed.cells] == [None, pytest.approx(1.25), pytest.approx(1.25)]
 
     assert comparison.output_dir == tmp_path.resolve()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
-        "comparison.json", "comparison.md", "comparison.png", "pareto.png",
+        "comparison.csv", "comparison.html", "comparison.json", "comparison.md", "comparison.png", "comparison.tex",
+        "pareto.png",
     ]  # fmt: skip
     markdown = (tmp_path / "comparison.md").read_text()
     printed = capsys.readouterr().out
     for text in (markdown, printed):
         lines = [[cell.strip() for cell in line.replace("│", "|").strip("| ").split("|")] for line in text.split("\n")]
-        assert ["Perplexity embedded @ 128 (4,064 tokens)", "20.00 ± 0.50", "9,000 ± 0.50", "40.00 ± 0.50"] in lines
-        assert ["boolq, acc (n = 25)", "60.0 ± 2.0 %", "25.0 ± 2.0 %", "50.0 ± 2.0 %"] in lines
-        speeds = ["Output tokens/s, median (batch 1, 12 + 128 tokens)", "32.0", "40.0 (1.25×)", "40.0 (1.25×)"]
-        assert speeds in lines
+        bold = "**{}**" if text is markdown else "{}"
+        title = "Perplexity embedded @ 128 (4,064 tokens)"
+        assert [title, "20.00 ± 0.50", "9,000 ± 0.50 (450×)", bold.format("40.00 ± 0.50 (2.00×)")] in lines
+        assert ["boolq, acc (n = 25)", "60.0 ± 2.0 %", "25.0 ± 2.0 %", bold.format("50.0 ± 2.0 %")] in lines
+        mean = ["60.0 ± 2.0 %", "25.0 ± 2.0 % (41.7 %)", bold.format("50.0 ± 2.0 % (83.3 %)")]
+        assert ["Zero-shot mean (1 task, 25 questions)", *mean] in lines
+        equal = bold.format("40.0 (1.25×)")  # both are the best
+        assert ["Output tokens/s, median (batch 1, 12 + 128 tokens)", "32.0", equal, equal] in lines
+        assert sum("the best of the compressed models. ≈: not told apart" in line[0] for line in lines) == 1
     assert "| | dense | pruned | recovered |" in markdown.replace("|  |", "| |")
 
     data = json.loads((tmp_path / "comparison.json").read_text())
@@ -246,7 +194,7 @@ def test_figures_side_by_side(tmp_path, capsys):
 def test_picture_is_a_png_with_every_bar(tmp_path):
     from matplotlib.image import imread
 
-    paths = _save(tmp_path, dense=_results("dense"), pruned=_results("pruned", "ab", perplexity=9000.0))
+    paths = save(tmp_path, dense=record_of("dense"), pruned=record_of("pruned", "ab", perplexity=9000.0))
     compare(paths, output_dir=str(tmp_path / "out"))
     picture = imread(tmp_path / "out" / "comparison.png")
     assert picture.shape[1] > picture.shape[0] > 300
@@ -257,26 +205,26 @@ def test_picture_is_a_png_with_every_bar(tmp_path):
 
 def test_many_models_are_a_line_each(tmp_path, capsys):
     names = [f"method{n}" for n in range(5)]
-    pruned = {n: _results(n, n, perplexity=100.0 + i, latency=3.2) for i, n in enumerate(names)}
+    pruned = {n: record_of(n, n, perplexity=100.0 + i, latency=3.2) for i, n in enumerate(names)}
     ruined = pruned["method4"].perplexity
     ruined[0] = dataclasses.replace(ruined[0], value=3_032_846_592.0, stderr=1_161_448_840.0)
-    compare(_save(tmp_path, dense=_results("dense"), **pruned))
+    compare(save(tmp_path, dense=record_of("dense"), **pruned))
     for text in ((tmp_path / "comparison.md").read_text(), capsys.readouterr().out):
         lines = [[cell.strip() for cell in line.replace("│", "|").strip("| ").split("|")] for line in text.split("\n")]
         cells = next(line for line in lines if line[0] == "method3")
-        assert cells[:4] == ["method3", "24", "80 (80.0 %)", "103.00 ± 0.50"]
-        assert "40.0 (1.25×)" in cells
-        assert next(line for line in lines if line[0] == "method4")[3] == "3.0e9 ± 1.2e9"
+        assert cells[:4] == ["method3", "24", "80 (80.0 %)", "103.00 ± 0.50 (5.15×)"]
+        assert "40.0 (1.25×)" in [cell.strip("*") for cell in cells]
+        assert next(line for line in lines if line[0] == "method4")[3] == "3.0e9 ± 1.2e9 (>1,000×)"
     data = json.loads((tmp_path / "comparison.json").read_text())
     assert [len(row["cells"]) for row in data["rows"]] == [6] * len(data["rows"])
 
 
 def test_narrow_terminal_gets_several_tables_and_no_folded_number(tmp_path, capsys, monkeypatch):
-    pruned = {f"method{n}": _results(f"method{n}", f"{n}", perplexity=100.0 + n) for n in range(6)}
+    pruned = {f"method{n}": record_of(f"method{n}", f"{n}", perplexity=100.0 + n) for n in range(6)}
     monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take the output for a terminal
     monkeypatch.setenv("TERM", "xterm")  # a dumb one always has 80 columns
     monkeypatch.setenv("COLUMNS", "70")
-    compare(_save(tmp_path, dense=_results("dense"), **pruned))
+    compare(save(tmp_path, dense=record_of("dense"), **pruned))
     printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     tables = printed.split("Written:")[0].split("Comparison")[1:]
     assert len(tables) > 1
@@ -287,57 +235,14 @@ def test_narrow_terminal_gets_several_tables_and_no_folded_number(tmp_path, caps
         assert sum(f"method{n} " in line for line in lines) == len(tables)
 
 
-def _circles(png, colour):
-    """Centres of the points of a colour: its pixels that have nothing but it around them."""
-    from matplotlib.image import imread
-    from numpy import argwhere
-
-    picture = imread(png)[..., :3]
-    wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    same = abs(picture - wanted).max(axis=2) < 0.01
-    inside = same[2:-2, 2:-2]
-    for dy, dx in ((0, 2), (4, 2), (2, 0), (2, 4)):
-        inside = inside & same[dy : dy + inside.shape[0], dx : dx + inside.shape[1]]
-    return argwhere(inside).mean(axis=0)
-
-
-def test_pareto_picture_has_speed_to_the_right_and_perplexity_upwards(tmp_path):
-    from slm_pl.pictures import COLOURS
-
-    fast, slow = (
-        _results("fast", "a", perplexity=30.0, latency=2.0),
-        _results("slow", "b", perplexity=60.0, latency=3.0),
-    )
-    compare(_save(tmp_path, dense=_results("dense"), fast=fast, slow=slow))
-    assert "![Perplexity against speed](pareto.png)" in (tmp_path / "comparison.md").read_text()
-    (dense_y, dense_x), (fast_y, fast_x), (slow_y, slow_x) = (
-        _circles(tmp_path / "pareto.png", colour) for colour in COLOURS[:3]
-    )
-    # Tokens/s 32, 64 and 42.7; perplexity 20, 30 and 60. Rows of a picture count downwards.
-    assert (slow_x - dense_x) / (fast_x - dense_x) == pytest.approx(1 / 3, abs=0.03)
-    assert (dense_y - fast_y) / (dense_y - slow_y) == pytest.approx(1 / 4, abs=0.03)
-
-    # A text that only one of them was measured on does not keep the others out of the picture.
-    dense, other = _results("dense"), PerplexityResult("other", 128, "none", 4064, 9.0, 0.5)
-    dense.perplexity.insert(0, other)
-    compare(_save(tmp_path, dense=dense, fast=fast, slow=slow))
-    assert _circles(tmp_path / "pareto.png", COLOURS[2]) == pytest.approx((slow_y, slow_x), abs=3)
-
-    fast.perplexity, slow.efficiency = [], []
-    fast.missing["perplexity"] = slow.missing["efficiency"] = "not measured"
-    compare(_save(tmp_path, dense=_results("dense"), fast=fast, slow=slow))
-    assert not (tmp_path / "pareto.png").exists()  # one point shows nothing, and the old picture is not of these
-    assert "pareto" not in (tmp_path / "comparison.md").read_text()
-
-
 def test_missing_figures_are_dashes_with_footnotes(tmp_path):
-    pruned = _results("pruned", "ab", perplexity=math.inf)
+    pruned = record_of("pruned", "ab", perplexity=math.inf)
     pruned.zero_shot = None
     pruned.missing["zero_shot"] = "no data on this machine"
     pruned.efficiency[0] = dataclasses.replace(
         pruned.efficiency[0], peak_memory_bytes=None, missing={"peak_memory_bytes": "not allowed"}
     )
-    compare(_save(tmp_path, dense=_results("dense"), pruned=pruned))
+    compare(save(tmp_path, dense=record_of("dense"), pruned=pruned))
     markdown = (tmp_path / "comparison.md").read_text()
     assert "| Perplexity embedded @ 128 (4,064 tokens) | 20.00 ± 0.50 | – [1] |" in markdown
     assert "| boolq, acc (n = 25) | 60.0 ± 2.0 % | – [2] |" in markdown
@@ -347,18 +252,20 @@ def test_missing_figures_are_dashes_with_footnotes(tmp_path):
 
 
 def test_protocols_do_not_share_a_row(tmp_path):
-    pruned = _results("pruned", "ab")
+    pruned = record_of("pruned", "ab")
     pruned.perplexity[0] = dataclasses.replace(pruned.perplexity[0], sequence_length=2048)
     pruned.zero_shot = dataclasses.replace(
         pruned.zero_shot, limit=10, tasks={"boolq": dataclasses.replace(pruned.zero_shot.tasks["boolq"], n=10)}
     )
-    comparison = compare(_save(tmp_path, dense=_results("dense"), pruned=pruned))
-    assert _values(comparison, "perplexity.embedded.128") == [20.0, None]
-    assert _values(comparison, "perplexity.embedded.2048") == [None, 20.0]
-    assert _values(comparison, "zero_shot.boolq.acc.25") == [0.6, None]
+    comparison = compare(save(tmp_path, dense=record_of("dense"), pruned=pruned))
+    assert values_of(comparison, "perplexity.embedded.128") == [20.0, None]
+    assert values_of(comparison, "perplexity.embedded.2048") == [None, 20.0]
+    assert values_of(comparison, "zero_shot.boolq.acc.25") == [0.6, None]
     means = [[cell.value for cell in row.cells] for row in comparison.rows if row.name.startswith("zero_shot.mean")]
     assert means == [[0.6, None], [None, 0.6]]
-    assert _row(comparison, "perplexity.embedded.2048").cells[0].reason == "measured with another protocol only"
+    assert (
+        row_of(comparison, "perplexity.embedded.2048").cells[0].reason == "measured with sequence_length 128, here 2048"
+    )
     assert any("perplexity protocol" in warning for warning in comparison.warnings)
     assert any("zero-shot protocol" in warning and "limit 10" in warning for warning in comparison.warnings)
 
@@ -374,7 +281,7 @@ def test_protocols_do_not_share_a_row(tmp_path):
 )
 def test_other_environments_are_warned_of(tmp_path, capsys, environment, field):
     comparison = compare(
-        _save(tmp_path, dense=_results("dense"), pruned=_results("pruned", "ab", **environment)),
+        save(tmp_path, dense=record_of("dense"), pruned=record_of("pruned", "ab", **environment)),
     )
     (warning,) = comparison.warnings
     assert field in warning
@@ -383,7 +290,7 @@ def test_other_environments_are_warned_of(tmp_path, capsys, environment, field):
 
 
 def test_without_a_dense_baseline(tmp_path):
-    comparison = compare(_save(tmp_path, a=_results("a", "ab"), b=_results("b", "cd")))
+    comparison = compare(save(tmp_path, a=record_of("a", "ab"), b=record_of("b", "cd")))
     assert not comparison.baseline
     assert any("no dense baseline" in warning for warning in comparison.warnings)
     assert all(cell.ratio is None for row in comparison.rows for cell in row.cells)
@@ -391,9 +298,9 @@ def test_without_a_dense_baseline(tmp_path):
 
 
 def test_equal_labels_are_told_apart(tmp_path):
-    paths = _save(tmp_path, one=_results("pruned", "ab"), two=_results("pruned", "cd"), dense=_results("dense"))
+    paths = save(tmp_path, one=record_of("pruned", "ab"), two=record_of("pruned", "cd"), dense=record_of("dense"))
     assert compare([*paths, paths[0]]).labels == ["dense", "pruned (one)", "pruned (two)"]
-    elsewhere = _save(tmp_path / "other", one=_results("pruned", "ef"))
+    elsewhere = save(tmp_path / "other", one=record_of("pruned", "ef"))
     comparison = compare([*paths, *elsewhere])
     assert comparison.labels == ["dense", "pruned (one) #1", "pruned (two)", "pruned (one) #2"]
     assert comparison.output_dir == tmp_path.resolve()
@@ -402,14 +309,14 @@ def test_equal_labels_are_told_apart(tmp_path):
 def test_the_last_export_and_how_to_load_it(tmp_path, capsys):
     records = {}
     for name in ("pruned", "recovered", "gone"):
-        record = _results(name, "ab")
+        record = record_of(name, "ab")
         export = tmp_path / name / "export"
         if name != "gone":
             export.mkdir(parents=True)
             (export / "config.json").write_text("{}")
         record.model = dataclasses.replace(record.model, source=str(export))
         records[name] = record
-    comparison = compare(_save(tmp_path, dense=_results("dense"), **records))
+    comparison = compare(save(tmp_path, dense=record_of("dense"), **records))
     export = str(tmp_path / "recovered" / "export")
     assert comparison.export == export
     assert capsys.readouterr().out.endswith(

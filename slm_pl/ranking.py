@@ -1,0 +1,61 @@
+"""How the models of a row stand to the dense baseline and to each other."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from slm_pl.figures import number_text
+from slm_pl.rows import LESS_IS_BETTER, MORE_IS_BETTER, Cell, Quantity, Row
+
+RATIOS: frozenset[Quantity] = frozenset({"parameters", "perplexity", "accuracy", "rate"})
+"""What is also told as a ratio to the dense baseline's."""
+
+
+def with_ratios(row: Row) -> Row:
+    """Puts what was retained of the dense baseline, the first model, into the others' cells."""
+    dense = row.cells[0].value
+    if row.quantity not in RATIOS or not dense:
+        return row
+    cells = row.cells[:1]
+    for cell in row.cells[1:]:
+        ratio = cell.value / dense if cell.value is not None else math.inf
+        cells.append(dataclasses.replace(cell, ratio=ratio) if math.isfinite(ratio) else cell)
+    return dataclasses.replace(row, cells=cells)
+
+
+def with_marks(row: Row, competing: Sequence[bool]) -> Row:
+    """Marks the best figure and those that its error does not tell apart from it.
+
+    Args:
+        row: A row; sizes and what has no better direction come back unmarked.
+        competing: Which models compete: the compressed ones.
+    """
+    indices = [index for index, cell in enumerate(row.cells) if competing[index] and cell.value is not None]
+    if row.place == "data" or row.quantity not in LESS_IS_BETTER | MORE_IS_BETTER or len(indices) < 2:
+        return row
+    sign = 1 if row.quantity in LESS_IS_BETTER else -1
+    best = row.cells[min(indices, key=lambda index: sign * _value(row.cells[index]))]
+    cells = list(row.cells)
+    for index in indices:
+        cell = cells[index]
+        if cell.value == best.value:
+            cells[index] = dataclasses.replace(cell, mark="best")
+        elif _tied(best, cell, row.quantity):
+            cells[index] = dataclasses.replace(cell, mark="tie")
+    return dataclasses.replace(row, cells=cells)
+
+
+def _value(cell: Cell) -> float:
+    assert cell.value is not None
+    return cell.value
+
+
+def _tied(best: Cell, cell: Cell, quantity: Quantity) -> bool:
+    """Whether two figures differ by less than the error of their difference, their errors taken as independent."""
+    a, b = _value(best), _value(cell)
+    if number_text(a, quantity) == number_text(b, quantity):
+        return True  # nobody could tell why one is marked and the other not
+    if quantity == "perplexity" and a > 0:
+        # The error is one of the mean loss, the logarithm: a ruined model's perplexity with its large error is no tie.
+        return math.log(b / a) < math.hypot(best.error / a, cell.error / b)
+    return abs(a - b) < math.hypot(best.error, cell.error)

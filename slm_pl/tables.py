@@ -1,0 +1,278 @@
+"""A comparison as text: Markdown, CSV, LaTeX and JSON."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import textwrap
+from dataclasses import dataclass
+
+from slm_pl.comparison import Comparison
+from slm_pl.figures import cell_text
+from slm_pl.ranking import RATIOS
+from slm_pl.results import SCHEMA_VERSION, Results
+from slm_pl.rows import Cell, Mark, Row, one_line
+
+WIDEST = 5  # models beside each other; more stand below each other
+TIE = "≈"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell as people read it.
+
+    Args:
+        text: The figure, or a dash.
+        mark: Whether it is the best, or a tie with it.
+        note: Number of the footnote that says why there is none.
+    """
+
+    text: str
+    mark: Mark | None = None
+    note: int | None = None
+
+    @property
+    def noted(self) -> str:
+        """The text with its mark of a tie or of a footnote."""
+        return self.text + f" {TIE}" * (self.mark == "tie") + (f" [{self.note}]" if self.note else "")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The figures as people read them.
+
+    Args:
+        heads: Heads of the columns; the first is empty.
+        lines: Each with its head first.
+        notes: The footnotes that dashes refer to.
+        quantities: Whether a line is a quantity; else it is a model.
+    """
+
+    heads: list[str]
+    lines: list[list[Entry]]
+    notes: list[str]
+    quantities: bool
+
+
+def entries(rows: list[Row]) -> tuple[list[list[Entry]], list[str]]:
+    """The rows' cells, and the footnotes that their dashes refer to."""
+    notes: list[str] = []
+
+    def entry(cell: Cell, row: Row) -> Entry:
+        if cell.reason is not None and cell.reason not in notes:
+            notes.append(cell.reason)
+        note = None if cell.reason is None else notes.index(cell.reason) + 1
+        return Entry(cell_text(cell, row.quantity, row.show_ratio), cell.mark, note)
+
+    return [[entry(cell, row) for cell in row.cells] for row in rows], notes
+
+
+def table_of(comparison: Comparison) -> Table:
+    """What stands in every table; many models are a line each."""
+    rows = [row for row in comparison.rows if row.place == "table"]
+    cells, notes = entries(rows)
+    if len(comparison.labels) <= WIDEST:
+        lines = [[Entry(row.title), *line] for row, line in zip(rows, cells, strict=True)]
+        return Table(["", *comparison.labels], lines, notes, quantities=True)
+    lines = [[Entry(label), *line] for label, *line in zip(comparison.labels, *cells, strict=True)]
+    return Table(["", *(row.title for row in rows)], lines, notes, quantities=False)
+
+
+def legend(comparison: Comparison, bold: str = "Bold") -> list[str]:
+    """Sentences that say what the marks of a table mean.
+
+    Args:
+        comparison: The comparison.
+        bold: How the best figures look.
+    """
+    sentences = ["± is one standard error." + " Ratios are against the dense baseline." * comparison.baseline]
+    marked = [cell for row in comparison.rows for cell in row.cells if cell.mark is not None]
+    if marked:
+        sentences.append(
+            f"{bold}: the best of the compressed models. {TIE}: not told apart from it: the difference is less than "
+            "the standard error of the difference, √(a² + b²) (of perplexities by their logarithms; of timings by the "
+            "spread of the repeats), or less than is printed. Errors are taken as independent; on the same questions "
+            "and text they are not, so this is conservative. Layers, parameters and dense models are not ranked."
+        )
+    return sentences
+
+
+def environment_lines(comparison: Comparison) -> list[str]:
+    """What each model was measured on."""
+    return [
+        f"{label}: {_environment(record)}" for label, record in zip(comparison.labels, comparison.records, strict=True)
+    ]
+
+
+def _environment(record: Results) -> str:
+    environment = record.environment
+    threads = "" if environment.device.startswith("cuda") else f", {environment.threads} threads"
+    packages = ", ".join(f"{name} {version}" for name, version in environment.packages.items())
+    device = f"{environment.device} ({environment.device_name}{threads})"
+    return one_line(f"{device}, {environment.dtype}, {environment.date}; {packages}")
+
+
+# ------------------------------------------------------------------------------------------------------- Markdown
+
+
+def markdown(comparison: Comparison, pictures: dict[str, str]) -> str:
+    """The table with its notes, warnings, pictures and environments.
+
+    Args:
+        comparison: The comparison.
+        pictures: File names and what they show.
+    """
+    table = table_of(comparison)
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    def cell(entry: Entry) -> str:
+        return f"**{entry.text}**" if entry.mark == "best" else entry.noted
+
+    parts = [
+        "# Comparison",
+        "\n".join(
+            [
+                line([_plain_markdown(head) for head in table.heads]),
+                "|---" + "|---:" * (len(table.heads) - 1) + "|",
+                *(line([_plain_markdown(head.text), *map(cell, cells)]) for head, *cells in table.lines),
+            ]
+        ),
+        "\n".join(f"[{index}] {_plain_markdown(note)}  " for index, note in enumerate(table.notes, 1)),
+        "\n\n".join(f"**Warning:** {warning.replace('<', '&lt;')}" for warning in comparison.warnings),
+        "\n\n".join(legend(comparison, "**Bold**")),
+        *(f"![{shown}]({name})" for name, shown in pictures.items()),
+        "\n".join(f"- {_plain_markdown(line)}" for line in environment_lines(comparison)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _plain_markdown(text: str) -> str:
+    """Takes a text from a file for what it is, not for markup; an underscore inside a word is none."""
+    text = re.sub(r"[\\`*|\[\]]", r"\\\g<0>", text)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text).replace("<", "&lt;")
+
+
+# ------------------------------------------------------------------------------------------------------------ CSV
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One line per model: what it is, then each row's raw number with its error, the count behind it and its ratio.
+
+    Seconds, bytes, and fractions of 1; an absent figure is empty. Which columns a row has depends on its quantity only.
+    """
+    models = zip(comparison.labels, comparison.paths, comparison.records, strict=True)
+    columns: dict[str, list[object]] = {
+        name: []
+        for name in ("label", "results", "source", "base", "plan_sha256", "device", "device_name", "threads", "dtype")
+    }
+    for label, path, record in models:
+        model, environment = record.model, record.environment
+        values = (label, path, model.source, model.base, model.plan_sha256)
+        machine = (environment.device, environment.device_name, environment.threads, environment.dtype)
+        for column, value in zip(columns.values(), (*values, *machine), strict=True):
+            column.append(one_line(value) if isinstance(value, str) else value)
+    for row in comparison.rows:
+        name = one_line(row.name)
+        columns[name] = [cell.value for cell in row.cells]
+        if row.quantity in ("seconds", "rate"):
+            columns[f"{name}.stdev"] = [cell.spread for cell in row.cells]
+        elif row.quantity in ("perplexity", "accuracy", "agreement", "divergence", "number"):
+            columns[f"{name}.stderr"] = [cell.stderr for cell in row.cells]
+        if row.quantity not in ("count", "parameters", "share", "bytes"):
+            columns[f"{name}.n"] = [cell.n for cell in row.cells]
+        if row.quantity in RATIOS:
+            columns[f"{name}.ratio"] = [cell.ratio for cell in row.cells]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------- LaTeX
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", '"': "''", "[": "{[}", "]": "{]}", "*": "{*}",  # the last three mean something after \\
+    "±": r"$\pm$", "×": r"$\times$", "≈": r"$\approx$", "√": r"$\surd$", "²": r"$^2$", "–": "--", "…": r"\dots{}",
+    "≤": r"$\leq$", "≥": r"$\geq$", "→": r"$\to$", "α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$",
+    "δ": r"$\delta$", "λ": r"$\lambda$", "μ": r"$\mu$", "ρ": r"$\rho$", "σ": r"$\sigma$", "τ": r"$\tau$",
+    "θ": r"$\theta$",
+}  # fmt: skip
+# Letters that LaTeX sets in its own fonts, without a further package.
+_LATIN = frozenset("ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõöøùúûüýÿ")
+
+
+def latex_text(text: str) -> str:
+    """A text as LaTeX without further packages sets it; letters that it has no font for become ``?``."""
+    return "".join(_LATEX.get(char, char if char.isascii() or char in _LATIN else "?") for char in text)
+
+
+def latex(comparison: Comparison) -> str:
+    r"""A ``tabular`` of booktabs with its notes, to be ``\input`` in a document."""
+    table = table_of(comparison)
+
+    def head(text: str) -> str:
+        if table.quantities:
+            return latex_text(text)
+        broken = r"\\".join(latex_text(part) for part in textwrap.wrap(text, 16))
+        return rf"\shortstack[r]{{{broken}}}"
+
+    def cell(entry: Entry) -> str:
+        return rf"\textbf{{{latex_text(entry.text)}}}" if entry.mark == "best" else latex_text(entry.noted)
+
+    lines = []
+    for index, line in enumerate(table.lines):
+        if not table.quantities and index == 1 and comparison.baseline:
+            lines.append(r"\midrule")  # the baseline stands apart
+        lines.append(" & ".join(map(cell, line)) + r" \\")
+    notes = [f"[{index}] {note}." for index, note in enumerate(table.notes, 1)]
+    return "\n".join(
+        [
+            r"% \usepackage{booktabs}",
+            *(f"% Warning: {warning}" for warning in comparison.warnings),
+            r"\begingroup\footnotesize",
+            rf"\begin{{tabular}}{{@{{}}l{'r' * (len(table.heads) - 1)}@{{}}}}",
+            r"\toprule",
+            " & ".join(head(text) for text in table.heads) + r" \\",
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+            r"\smallskip",
+            r"\noindent " + " ".join(latex_text(text) for text in (*notes, *legend(comparison))),
+            "",
+            r"\endgroup",
+            "",
+        ]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- JSON
+
+
+def json_text(comparison: Comparison) -> str:
+    """Every figure with its protocol, for programs."""
+    models = [
+        {
+            **dataclasses.asdict(record.model),
+            "label": label,
+            "results": str(path),
+            "environment": dataclasses.asdict(record.environment),
+        }
+        for label, path, record in zip(comparison.labels, comparison.paths, comparison.records, strict=True)
+    ]
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "baseline": comparison.labels[0] if comparison.baseline else None,
+        "models": models,
+        "rows": [dataclasses.asdict(row) for row in comparison.rows],
+        "warnings": comparison.warnings,
+    }
+    text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False)
+    return text.encode(errors="replace").decode() + "\n"  # a file may hold halves of surrogate pairs
