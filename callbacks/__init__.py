@@ -2,6 +2,7 @@
 
 from callbacks.base import CompressionCallback
 from callbacks.block_influence import BlockInfluence
+from callbacks.drift import Drift
 from callbacks.efficiency import Efficiency
 from callbacks.examples import GenerationExamples
 from callbacks.export import ExportCheckpoint
@@ -21,6 +22,7 @@ __all__ = [
     "SLEB",
     "BlockInfluence",
     "CompressionCallback",
+    "Drift",
     "Efficiency",
     "ExportCheckpoint",
     "GenerationExamples",

@@ -1,4 +1,4 @@
-"""Text for calibration and perplexity: where it comes from, how it is sampled and cut into token ids."""
+"""Text for calibration: where it comes from, how it is sampled and cut into token ids."""
 
 import hashlib
 import json
@@ -54,46 +54,9 @@ class CalibrationText:
     separator: str = "\n\n"
 
     def __post_init__(self) -> None:
-        _at_least("calibration.samples", self.samples, 1)
-        _at_least("calibration.sequence_length", self.sequence_length, 2)
-        _at_least("calibration.batch_size", self.batch_size, 1)
-
-
-@dataclass(frozen=True)
-class EvaluationText:
-    """What perplexity is measured on.
-
-    Attributes:
-        source: As for calibration; ``embedded`` is other chapters than there. A ``.json`` file holds either a flat list
-            of token ids (the stream) or a list of windows of ``sequence_length`` ids each.
-        sequence_length: Tokens per window.
-        max_tokens: Length to which the stream is cut (a BOS counts), ``None`` for all of it.
-        bos: ``stream`` puts one BOS in front of the whole stream, ``none`` adds none.
-        name: Configuration of a Hub data set.
-        split: Split of a Hub data set.
-        column: Column that holds the text, for ``.jsonl``, ``.parquet`` and Hub data sets.
-
-    Raises:
-        UsageError: A number is out of range.
-    """
-
-    source: str = "embedded"
-    sequence_length: int = 128
-    max_tokens: int | None = None
-    bos: Literal["none", "stream"] = "none"
-    name: str | None = None
-    split: str = "test"
-    column: str = "text"
-
-    def __post_init__(self) -> None:
-        _at_least("sequence_length of the evaluation text", self.sequence_length, 2)
-        if self.max_tokens is not None and self.max_tokens < self.sequence_length:
-            raise UsageError(
-                f"max_tokens is {self.max_tokens}, but one window alone has sequence_length = {self.sequence_length} "
-                "tokens. Raise max_tokens, lower sequence_length, or set max_tokens to null for the whole text."
-            )
-        if self.bos not in ("none", "stream"):
-            raise UsageError(f"bos is {self.bos!r}; allowed are 'none' and 'stream' (one BOS in front of the text).")
+        at_least("calibration.samples", self.samples, 1)
+        at_least("calibration.sequence_length", self.sequence_length, 2)
+        at_least("calibration.batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)
@@ -164,7 +127,7 @@ def load_calibration(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase"
         UsageError: The source cannot be read, or has too few documents that are long enough.
     """
     if text_suffix(text.source) == ".json":
-        samples, flat = _read_ids(Path(text.source), tokenizer)
+        samples, flat = read_ids(Path(text.source), tokenizer)
         if flat or not samples or min(map(len, samples)) < 2:
             found = "a flat list" if flat else "a sample of fewer than two ids" if samples else "no sample"
             raise UsageError(
@@ -205,7 +168,7 @@ def _stream(documents: Sequence[str], text: CalibrationText, tokenizer: "PreTrai
             "Lower calibration.samples, or give longer text."
         )
     drawn = numpy.random.default_rng(text.seed).permutation(len(documents))[: text.samples]
-    ids = _tokenise(text.separator.join(documents[int(i)] for i in drawn), tokenizer, special_tokens=True)
+    ids = token_ids(text.separator.join(documents[int(i)] for i in drawn), tokenizer, special_tokens=True)
     length = text.sequence_length
     if len(ids) < length:
         raise UsageError(
@@ -232,7 +195,7 @@ def _sample(documents: Sequence[str], text: CalibrationText, tokenizer: "PreTrai
             if drawn in rejected:
                 continue
             rejected.add(drawn)
-            ids = _tokenise(documents[drawn], tokenizer, special_tokens=True)
+            ids = token_ids(documents[drawn], tokenizer, special_tokens=True)
             if len(ids) >= text.sequence_length:
                 break
         offset = generator.randint(0, len(ids) - text.sequence_length)
@@ -240,59 +203,8 @@ def _sample(documents: Sequence[str], text: CalibrationText, tokenizer: "PreTrai
     return samples
 
 
-def load_evaluation(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
-    """Read and tokenise text for perplexity.
-
-    Documents are joined by an empty line and tokenised as one stream without special tokens, optionally after one BOS;
-    the stream is cut to ``max_tokens`` and then into windows that do not overlap. The incomplete tail is dropped.
-
-    Args:
-        text: Source and windows.
-        tokenizer: Tokenizer of the model that is measured.
-
-    Returns:
-        Token ids, int64, ``[windows, sequence_length]``.
-
-    Raises:
-        UsageError: The source cannot be read, or does not fill one window.
-    """
-    length = text.sequence_length
-    if text_suffix(text.source) == ".json":
-        lists, flat = _read_ids(Path(text.source), tokenizer)
-        unfit = [number for number, ids in enumerate(lists, 1) if len(ids) != length]
-        if not flat and (unfit or text.bos == "stream"):
-            other = f"number {unfit[0]} of {len(lists[unfit[0] - 1])} token ids" if unfit else "not one stream"
-            raise UsageError(
-                f"{text.source} holds ready windows, {other}, but sequence_length is {length} and bos is {text.bos!r}. "
-                "Windows are used exactly as given: they need sequence_length ids each and bos 'none'. Set these, or "
-                "give a flat list of ids."
-            )
-        stream = [token for ids in lists for token in ids]
-    else:
-        stream = _tokenise(_whole_text(text), tokenizer, special_tokens=False)
-    if text.bos == "stream":
-        if tokenizer.bos_token_id is None:
-            raise UsageError("bos is 'stream', but this tokenizer has no BOS token. Set bos to 'none'.")
-        stream.insert(0, tokenizer.bos_token_id)
-    stream = stream[: text.max_tokens]
-    windows = len(stream) // length
-    if windows == 0:
-        raise UsageError(
-            f"Evaluation text {text.source!r} has {len(stream)} tokens, fewer than one window of sequence_length = "
-            f"{length}. Lower sequence_length or give longer text."
-        )
-    return torch.tensor(stream[: windows * length], dtype=torch.int64).view(windows, length)
-
-
-def _whole_text(text: EvaluationText) -> str:
-    if text.source == "embedded":
-        return "\n\n".join(topic_texts("heldout"))
-    if text_suffix(text.source) == ".txt":
-        return read_text(Path(text.source))
-    return "\n\n".join(read_column(text.source, text.name, text.split, text.column))
-
-
-def _tokenise(text: str, tokenizer: "PreTrainedTokenizerBase", *, special_tokens: bool) -> list[int]:
+def token_ids(text: str, tokenizer: "PreTrainedTokenizerBase", *, special_tokens: bool) -> list[int]:
+    """Tokenise a text, with the tokenizer's own special tokens or none."""
     # verbose=False: a document longer than the model's context is cut afterwards, there is nothing to warn of
     return tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
 
@@ -313,7 +225,7 @@ def _pieces(text: str, words: int) -> list[str]:
     return pieces
 
 
-def _read_ids(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[list[int]], bool]:
+def read_ids(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[list[int]], bool]:
     """Token ids of a .json file: a list of lists or a flat list, bare or under the key ``input_ids``.
 
     Returns:
@@ -341,6 +253,7 @@ def _read_ids(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[li
     return lists, flat
 
 
-def _at_least(what: str, value: int, minimum: int) -> None:
+def at_least(what: str, value: int, minimum: int) -> None:
+    """Refuse a setting that is too small."""
     if value < minimum:
         raise UsageError(f"{what} is {value}; allowed are whole numbers from {minimum}.")

@@ -1,7 +1,7 @@
 """Files and Hub data sets with text, read with errors that name the place; for corpora and for instruction rows."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,8 +113,21 @@ def read_parquet(path: Path) -> "Dataset":
         raise UsageError(f"{path} cannot be read as a parquet file: {error}") from error
 
 
-def load_hub(source: str, name: str | None, split: str) -> "Dataset":
+def load_hub(
+    source: str,
+    name: str | None,
+    split: str,
+    revision: str | None = None,
+    data_files: Mapping[str, str] | None = None,
+) -> "Dataset":
     """Load one split of a Hub data set.
+
+    Args:
+        source: Its id.
+        name: Its configuration.
+        split: The split.
+        revision: Its branch, if not the default one.
+        data_files: Files by split, if not all of them.
 
     Raises:
         UsageError: It does not exist, cannot be reached, or has no such configuration or split.
@@ -124,7 +137,9 @@ def load_hub(source: str, name: str | None, split: str) -> "Dataset":
     # The hub client fails with many unrelated exception classes (its own, httpx's, OSError, ValueError, …): whatever
     # it says is news for the user, not a fault of this program.
     try:
-        loaded = datasets.load_dataset(source, name, split=split)
+        options = {"revision": revision, "data_files": dict(data_files) if data_files else None}
+        given = {option: value for option, value in options.items() if value is not None}
+        loaded = datasets.load_dataset(source, name, split=split, **given)
     except Exception as error:
         configuration = f", configuration {name!r}" if name else ""
         reason = " ".join(str(error).split()).rstrip(".")
@@ -149,10 +164,20 @@ def read_column(source: str, name: str | None, split: str, column: str) -> Seque
                 raise UsageError(_no_column(place, column, list(row)))
             texts.append(value)
         return texts
-    table = read_parquet(Path(source)) if suffix == ".parquet" else load_hub(source, name, split)
+    if suffix:
+        return text_column(read_parquet(Path(source)), column, source)
+    return text_column(load_hub(source, name, split), column, f"{source}, split {split!r}")
+
+
+def text_column(table: "Dataset", column: str, place: str) -> Sequence[str]:
+    """The texts of one column of a table; ``place`` names the table where there is no such column.
+
+    Raises:
+        UsageError: There is no such column, or it holds no text.
+    """
     feature = table.features.get(column)
     if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        raise UsageError(_no_column(f"{source}, split {split!r}" if not suffix else source, column, table.column_names))
+        raise UsageError(_no_column(place, column, table.column_names))
     # A column of a table is read row by row: a corpus of millions of rows is not copied to draw ten of them.
     return _Texts(table, column)
 

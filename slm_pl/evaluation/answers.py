@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from slm_pl import files
-from slm_pl.data.tokenised import fingerprint
 from slm_pl.evaluation._model import device_of
+from slm_pl.evaluation._ranks import world
 from slm_pl.loading import cache_directory
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def key(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", asked: Mapping[s
     """
     import transformers
 
+    from slm_pl.data.tokenised import fingerprint  # not at the top: the data modules import lightning
+
     device = device_of(model)
     known = {
         "format": FORMAT,
@@ -72,7 +74,7 @@ def key(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", asked: Mapping[s
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "attention": str(getattr(getattr(model, "config", None), "_attn_implementation", None)),
-        "processes": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        "processes": world()[1],
         **asked,
     }
     return text_sha256(json.dumps(known, sort_keys=True))
@@ -85,9 +87,9 @@ def find(name: str, samples: bool) -> Answers | None:
         name: Its :func:`key`.
         samples: Whether the records of the questions are needed, too.
     """
-    together = dist.is_available() and dist.is_initialized()
-    box = [_read(name, samples) if not together or dist.get_rank() == 0 else None]
-    if together:
+    rank, processes = world()
+    box = [_read(name, samples) if rank == 0 else None]
+    if processes > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
 

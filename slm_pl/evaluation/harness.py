@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -168,7 +169,7 @@ def check_tasks(names: Iterable[str], local_data: str | None = None, num_fewshot
     with quiet(), tempfile.TemporaryDirectory(prefix="slm_pl_tasks_") as folder:
         found = _find(names)
         local = None if local_data is None else Path(local_data)
-        _write_task_files(found.files, _shots(names, found, num_fewshot), Path(folder), local)
+        _write_task_files(found, _shots(names, found, num_fewshot), Path(folder), local)
 
 
 def task_files(names: Iterable[str]) -> dict[str, TaskFile]:
@@ -185,25 +186,31 @@ def task_files(names: Iterable[str]) -> dict[str, TaskFile]:
 
 @dataclass(frozen=True)
 class _Found:
-    """Where asked names lead: what is reported, the tasks' files, and whether the harness's whole index is needed."""
+    """Where asked names lead: what is reported, and the files of tasks and groups."""
 
     names: list[str]
     files: dict[str, TaskFile]
-    whole_index: bool
+    groups: dict[str, Path]
     asked_as: dict[str, str]  # the asked name behind a task
+
+
+@functools.cache
+def _index() -> "Mapping[str, Entry]":
+    """Every task, group and tag of the harness; reading their files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager().task_index
 
 
 def _find(names: list[str]) -> _Found:
     import lm_eval.tasks
-    from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
     stock_folder = Path(lm_eval.tasks.__file__).parent
     reported: list[str] = []
     files: dict[str, TaskFile] = {}
     asked_as: dict[str, str] = {}
-    index: Mapping[str, Entry] = {}
-    whole_index = False
+    groups: dict[str, Path] = {}
 
     def add(name: str, path: Path, asked: str) -> None:
         if name in files and asked_as[name] != asked:
@@ -212,9 +219,12 @@ def _find(names: list[str]) -> _Found:
         asked_as[name] = asked
 
     def add_entry(name: str, asked: str) -> None:
-        kind = index[name].kind.name
+        index = _index()
+        kind, path = index[name].kind.name, index[name].yaml_path
         if kind == "GROUP":
             config = index[name].cfg or {}
+            assert path is not None
+            groups[name] = path
             for child in config.get("task", []):
                 inner = child if isinstance(child, str) else child.get("task") or child.get("group")
                 if not isinstance(inner, str) or inner not in index:
@@ -227,7 +237,6 @@ def _find(names: list[str]) -> _Found:
             for inner in sorted(index[name].tags):
                 add_entry(inner, asked)
         else:
-            path = index[name].yaml_path
             assert path is not None
             add(name, path, asked)
 
@@ -242,8 +251,7 @@ def _find(names: list[str]) -> _Found:
             add(task, Path(name).resolve(), name)
             reported.append(task)
         else:
-            if not whole_index:
-                index, whole_index = TaskManager().task_index, True
+            index = _index()
             if name not in index:
                 raise UsageError(_unknown_task(name, list(index)))
             add_entry(name, name)
@@ -251,7 +259,7 @@ def _find(names: list[str]) -> _Found:
             aggregated = kind == "GROUP" and (index[name].cfg or {}).get("aggregate_metric_list")
             of_name = [task for task, asked in asked_as.items() if asked == name]
             reported += [name] if aggregated or kind in ("TASK", "PY_TASK") else of_name
-    return _Found(list(dict.fromkeys(reported)), files, whole_index, asked_as)
+    return _Found(list(dict.fromkeys(reported)), files, groups, asked_as)
 
 
 def _name_in(path: Path) -> str:
@@ -276,8 +284,8 @@ def _load(names: list[str], folder: Path, local_data: str | None, num_fewshot: S
     found = _find(names)
     shots = _shots(names, found, num_fewshot)
     local = None if local_data is None else Path(local_data)
-    _write_task_files(found.files, shots, folder, local)
-    manager = TaskManager(include_path=[str(_TASK_FOLDER), str(folder)], include_defaults=found.whole_index)
+    _write_task_files(found, shots, folder, local)
+    manager = TaskManager(include_path=[str(_TASK_FOLDER), str(folder)], include_defaults=False)
     tasks: dict[str, Task] = {}
     groups: dict[str, Group] = {}
     for name in found.names:
@@ -317,16 +325,18 @@ def _origin(name: str, files: Mapping[str, TaskFile], local: Path | None) -> str
     return "/".join(str(part) for part in (config.get("dataset_path"), config.get("dataset_name")) if part) or "own"
 
 
-def _write_task_files(
-    found: Mapping[str, TaskFile], shots: Mapping[str, int | None], folder: Path, local_data: Path | None
-) -> None:
+def _write_task_files(found: _Found, shots: Mapping[str, int | None], folder: Path, local_data: Path | None) -> None:
     """Writes a task file for each task that includes its own and, given local data, reads them instead of the hub's.
 
     In lm-eval a task file with a stock task's name takes its place. JSON is YAML, so no quoting can go wrong.
     """
+    overlay: dict[str, object]
+    for name, path in found.groups.items():
+        overlay = {"include": str(path), "group": name}
+        (folder / f"group_{name}.yaml").write_text(json.dumps(overlay), encoding="utf-8")
     lacking: list[str] = []
-    for name, file in found.items():
-        overlay: dict[str, object] = {"include": str(file.path), "task": name}
+    for name, file in found.files.items():
+        overlay = {"include": str(file.path), "task": name}
         if local_data is not None:
             if file.own_data:
                 raise UsageError(

@@ -15,6 +15,7 @@ from torch import nn
 from slm_pl.errors import UsageError
 from slm_pl.evaluation import answers
 from slm_pl.evaluation._model import device_of, evaluation_mode
+from slm_pl.evaluation._ranks import world
 from slm_pl.evaluation.harness import (
     SEVEN_TASKS,
     LoadedTasks,
@@ -179,7 +180,7 @@ def zero_shot(
         result = _collect(asked, output, loaded, hashes)
         if "samples" in output and on_samples is not None:
             on_samples(output["samples"])
-        if key is not None and _rank() == 0:
+        if key is not None and world()[0] == 0:
             answers.keep(key, _to_record(result), output.get("samples"))
     return result
 
@@ -200,14 +201,6 @@ def check_arguments(tasks: list[str], limit: int | None, batch_size: int | str, 
     shots = num_fewshot.values() if isinstance(num_fewshot, dict) else [num_fewshot]
     if any(one is not None and one < 0 for one in shots):
         raise UsageError(f"Zero-shot evaluation got num_fewshot {num_fewshot}; allowed is 0 or more.")
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _harness_model(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", batch_size: int | str) -> "HFLM":
@@ -278,7 +271,8 @@ def _ask(
     """Runs lm-eval's evaluation over requests that are built already; every process gets its output."""
     from lm_eval import evaluate
 
-    rank, world_size = _rank(), _world_size()
+    rank, processes = world()
+    world_size = processes
     fewest = min(len({one.doc_id for one in instances}) for instances in questions.values())
     if fewest < world_size:  # the harness cannot do with a process that has no question
         world_size = 1
@@ -302,7 +296,7 @@ def _ask(
         output["samples"] = {
             name: sorted(records, key=lambda record: record["doc_id"]) for name, records in output["samples"].items()
         }
-    if _world_size() > 1:
+    if processes > 1:
         kept = {} if output is None else {name: part for name, part in output.items() if name != "samples"}
         box = [json.loads(json.dumps(kept, default=str))]
         dist.broadcast_object_list(box, src=0)
@@ -316,24 +310,43 @@ def _collect(
     asked: ZeroShotResult, output: Mapping[str, Any], loaded: LoadedTasks, hashes: Mapping[str, str]
 ) -> ZeroShotResult:
     results = {name: _task_result(name, output, loaded, hashes) for name in loaded.names}
-    better = output.get("higher_is_better", {})
-    counted = [
-        name
-        for name, result in results.items()
-        if better.get(name, {}).get(result.metric.partition(",")[0]) is not False and 0 <= result.value <= 1
-    ]
-    if all(name in results for name in SEVEN_TASKS):
-        counted = list(SEVEN_TASKS)
-    k = len(counted)
+    mean_of, mean, mean_stderr = mean_of_tasks(results, output.get("higher_is_better", {}))
     shots = {result.num_fewshot for result in results.values()}
     return replace(
         asked,
         tasks=results,
-        mean=sum(results[name].value for name in counted) / k if k else math.nan,
-        mean_stderr=math.sqrt(sum(results[name].stderr ** 2 for name in counted)) / k if k else math.nan,
+        mean=mean,
+        mean_stderr=mean_stderr,
         num_fewshot=shots.pop() if len(shots) == 1 else None,
-        mean_of=counted,
+        mean_of=mean_of,
     )
+
+
+def mean_of_tasks(
+    results: Mapping[str, TaskResult], higher_is_better: Mapping[str, Mapping[str, bool]]
+) -> tuple[list[str], float, float]:
+    """The plain mean and its standard error.
+
+    Args:
+        results: By task.
+        higher_is_better: By task and metric, as the harness says.
+
+    Returns:
+        The tasks that count: the seven commonsense tasks if all of them are there, else all whose figure is better the
+        higher it is; their mean; its error. Not numbers if none counts.
+    """
+    counted = [
+        name
+        for name, result in results.items()
+        if higher_is_better.get(name, {}).get(result.metric.partition(",")[0]) is not False
+    ]
+    if all(name in results for name in SEVEN_TASKS):
+        counted = list(SEVEN_TASKS)
+    if not counted:
+        return [], math.nan, math.nan
+    values = [results[name] for name in counted]
+    stderr = math.sqrt(sum(one.stderr**2 for one in values)) / len(values)
+    return counted, sum(one.value for one in values) / len(values), stderr
 
 
 def _task_result(name: str, output: Mapping[str, Any], loaded: LoadedTasks, hashes: Mapping[str, str]) -> TaskResult:

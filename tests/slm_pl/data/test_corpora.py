@@ -264,7 +264,7 @@ def test_parquet_reads_as_jsonl_does(tmp_path, tokenizer):
     for source in (str(tmp_path / "a.parquet"), jsonl):
         calibration = load_calibration(CalibrationText(source, samples=4, sequence_length=16, column="body"), tokenizer)
         evaluation = load_evaluation(EvaluationText(source, sequence_length=16, column="body"), tokenizer)
-        pair.append((calibration.sha256, evaluation.tolist()))
+        pair.append((calibration.sha256, evaluation.sha256))
     assert pair[0] == pair[1]
     with pytest.raises(UsageError, match="no column 'n' with text; columns found: 'body', 'n'"):
         load_calibration(CalibrationText(str(tmp_path / "a.parquet"), column="n"), tokenizer)
@@ -285,7 +285,7 @@ def test_hub_data_set(monkeypatch, tokenizer):
     assert rows(calibration) == authors_sampler([*documents, ""], tokenizer, 4, 16, 1234)
     evaluation = load_evaluation(EvaluationText("a/b", sequence_length=16), tokenizer)
     stream = tokenizer("\n\n".join([*documents, ""])).input_ids
-    assert evaluation.flatten().tolist() == stream[: len(stream) // 16 * 16]
+    assert torch.cat(evaluation.ids).tolist() == stream[: len(stream) // 16 * 16]
     assert asked == [("a/b", "c", "train"), ("a/b", None, "test")]
     with pytest.raises(UsageError, match="a/b, split 'test': no column 'body' with text; columns found: 'text'"):
         load_evaluation(EvaluationText("a/b", column="body"), tokenizer)
@@ -303,57 +303,6 @@ def test_hub_failure_is_one_message(monkeypatch, tokenizer):
     )
     with pytest.raises(UsageError, match=message):
         load_calibration(CalibrationText("a/b", name="c"), tokenizer)
-
-
-def test_evaluation_windows(tmp_path):
-    tokenizer = pico_tokenizer(add_bos=True)  # its BOS must not appear unasked
-    path = tmp_path / "a.txt"
-    path.write_text("  first line\n\n" + words(200, 3) + "\n")
-    stream = pico_tokenizer()(path.read_text()).input_ids
-
-    def windows(stream, length):
-        return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
-
-    plain = load_evaluation(EvaluationText(str(path), sequence_length=32), tokenizer)
-    assert plain.dtype == torch.int64
-    assert plain.tolist() == windows(stream, 32)
-    cut = load_evaluation(EvaluationText(str(path), sequence_length=32, max_tokens=100), tokenizer)
-    assert cut.tolist() == windows(stream[:100], 32)
-    bos = load_evaluation(EvaluationText(str(path), sequence_length=32, max_tokens=100, bos="stream"), tokenizer)
-    assert bos.tolist() == windows([tokenizer.bos_token_id, *stream][:100], 32)
-    assert (plain.flatten() == tokenizer.bos_token_id).sum() == 0
-    with pytest.raises(UsageError, match=f"has {len(stream)} tokens, fewer than one window of sequence_length = 5000"):
-        load_evaluation(EvaluationText(str(path), sequence_length=5000), tokenizer)
-
-
-def test_embedded_evaluation_reads_the_heldout_topics(tokenizer):
-    found = load_evaluation(EvaluationText(sequence_length=64, max_tokens=640), tokenizer)
-    assert found.shape == (10, 64)
-    stream = tokenizer("\n\n".join(topic_texts("heldout"))).input_ids
-    assert found.flatten().tolist() == stream[:640]
-
-
-def test_evaluation_ids(tmp_path, tokenizer):
-    path = tmp_path / "ids.json"
-    stream = list(range(10, 31))
-    path.write_text(json.dumps({"note": "x", "input_ids": stream}))
-    expected = [stream[0:8], stream[8:16]]
-    assert load_evaluation(EvaluationText(str(path), sequence_length=8), tokenizer).tolist() == expected
-    found = load_evaluation(EvaluationText(str(path), sequence_length=8, bos="stream"), tokenizer)
-    assert found[0].tolist() == [0, *stream[:7]]
-    path.write_text(json.dumps(expected))
-    assert load_evaluation(EvaluationText(str(path), sequence_length=8), tokenizer).tolist() == expected
-    with pytest.raises(UsageError, match="holds ready windows, number 1 of 8 token ids, but sequence_length is 16"):
-        load_evaluation(EvaluationText(str(path), sequence_length=16), tokenizer)
-    with pytest.raises(UsageError, match="holds ready windows, not one stream, .* bos is 'stream'"):
-        load_evaluation(EvaluationText(str(path), sequence_length=8, bos="stream"), tokenizer)
-
-
-def test_tokenizer_without_bos():
-    tokenizer = pico_tokenizer()
-    tokenizer.bos_token = None
-    with pytest.raises(UsageError, match="no BOS token"):
-        load_evaluation(EvaluationText(bos="stream"), tokenizer)
 
 
 def test_long_text_gives_no_length_warning(monkeypatch):
@@ -378,9 +327,6 @@ def test_long_text_gives_no_length_warning(monkeypatch):
         (lambda: CalibrationText(samples=0), r"calibration\.samples is 0; allowed are whole numbers from 1"),
         (lambda: CalibrationText(sequence_length=1), r"calibration\.sequence_length is 1; .* from 2"),
         (lambda: CalibrationText(batch_size=-1), r"calibration\.batch_size is -1"),
-        (lambda: EvaluationText(sequence_length=0), "sequence_length of the evaluation text is 0"),
-        (lambda: EvaluationText(max_tokens=127), "max_tokens is 127, but one window alone has sequence_length = 128"),
-        (lambda: EvaluationText(bos="window"), "bos is 'window'; allowed are 'none' and 'stream'"),
     ],
 )
 def test_ranges(make, message):

@@ -5,7 +5,7 @@ import torch
 
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.representation import representation_similarity
-from slm_pl.evaluation.zero_shot import task_prompts
+from slm_pl.evaluation.harness import task_prompts
 from tests.helpers.pico import pico_model
 from tests.slm_pl.compression.test_scores import hsic_of_song, kernel_matrix
 

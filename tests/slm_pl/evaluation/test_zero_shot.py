@@ -1,15 +1,21 @@
+import hashlib
 import importlib.util
 import json
 import logging
 import math
 import random
 import socket
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from slm_pl.errors import UsageError
-from slm_pl.evaluation import EMBEDDED_TASK, SEVEN_TASKS, zero_shot
+from slm_pl.evaluation import EMBEDDED_TASK, SEVEN_TASKS, TaskResult, zero_shot
+from slm_pl.evaluation.harness import check_tasks, task_files
+from slm_pl.evaluation.zero_shot import mean_of_tasks
+from tests.helpers.ranks import in_two_processes
 from tests.helpers.shared import SHARED
 from tests.helpers.tokenizer import pico_tokenizer
 from tests.slm_pl.evaluation.pico import pico_llama
@@ -70,9 +76,244 @@ def test_accuracy_of_local_piqa(piqa):
     assert task.all == {"acc": pytest.approx(sum(acc) / 5), "acc_norm": pytest.approx(sum(acc_norm) / 5)}
     p = sum(acc) / 5
     assert task.stderr == pytest.approx(math.sqrt(p * (1 - p) / 4))
+    assert set(task.stderrs) == {"acc", "acc_norm"}
+    assert (task.num_fewshot, task.version, task.data) == (0, "1.0", "local")
+    assert (result.dtype, result.chat_template, result.mean_of, result.cached) == ("float32", False, ["piqa"], False)
     assert (result.mean, result.mean_stderr) == (task.value, pytest.approx(task.stderr))
     assert result.harness.startswith("lm_eval 0.4")
     assert result.batch_size == 8
+
+
+def _harness_figures(folder, tasks, data, limit, **options):
+    """lm-eval's own program in this process: its loading of an export, its task index, its own local files."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    stock = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
+    include = folder / "include"
+    include.mkdir()
+    for name in tasks:
+        splits = {path.stem: str(path) for path in sorted((Path(data) / name).glob("*.jsonl"))}
+        absent = [split for split in ("training", "test") if {"training": "train"}.get(split, split) not in splits]
+        lines = [f"include: {stock / name / name}.yaml", f"task: {name}", "dataset_path: json", "dataset_name: null"]
+        lines += [f"{split}_split: null" for split in absent]
+        (include / f"{name}.yaml").write_text(
+            "\n".join([*lines, f"dataset_kwargs: {{data_files: {json.dumps(splits)}}}"])
+        )
+    manager = TaskManager(include_path=str(include), include_defaults=False)
+    arguments = f"pretrained={folder / 'model'},dtype=float32"
+    return simple_evaluate(
+        "hf", arguments, tasks, device="cpu", batch_size=8, limit=limit, task_manager=manager, **options
+    )
+
+
+def _saved(folder):
+    model, tokenizer = pico_llama(), pico_tokenizer()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return model, tokenizer
+
+
+def test_figures_are_those_of_lm_evals_own_program_with_solved_examples(tmp_path, piqa):
+    (Path(piqa) / "piqa" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PIQA[::-1]))
+    model, tokenizer = _saved(tmp_path)
+    expected = _harness_figures(tmp_path, ["piqa"], piqa, 4, num_fewshot=2)
+    samples = {}
+    result = zero_shot(model, tokenizer, ["piqa"], local_data=piqa, limit=4, num_fewshot=2, on_samples=samples.update)
+    task = result.tasks["piqa"]
+    theirs = expected["results"]["piqa"]
+    assert {f"{name},none": value for name, value in task.all.items()} == {
+        name: theirs[name] for name in ("acc,none", "acc_norm,none")
+    }
+    assert task.stderr == theirs["acc_stderr,none"]
+    assert (task.num_fewshot, result.num_fewshot) == (2, 2)
+    # Not only how many are right: every likelihood to its last bit, and every prompt.
+    assert [one["resps"] for one in samples["piqa"]] == [one["resps"] for one in expected["samples"]["piqa"]]
+    assert [one["arguments"] for one in samples["piqa"]] == [one["arguments"] for one in expected["samples"]["piqa"]]
+    assert samples["piqa"][0]["arguments"][0][0].count("Question:") == 3
+
+
+def test_solved_examples_need_their_own_split(piqa):
+    with pytest.raises(UsageError, match=r"lacks [^,]*piqa/train\.jsonl\."):
+        zero_shot(pico_llama(), pico_tokenizer(), ["piqa"], local_data=piqa, num_fewshot=1)
+
+
+def test_a_task_file_of_ones_own(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PIQA))
+    (tmp_path / "mine.yaml").write_text(
+        f"""task: household
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "rows.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{goal}}}}:"
+doc_to_choice: "{{{{[sol1, sol2]}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc_norm, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    model, tokenizer = pico_llama().eval(), pico_tokenizer()
+    right = 0
+    for row in PIQA:
+        choices = [row["sol1"], row["sol2"]]
+        scores = [_log_likelihood(model, tokenizer, f"{row['goal']}:", f" {one}") / len(one) for one in choices]
+        right += scores.index(max(scores)) == row["label"]
+    result = zero_shot(model, tokenizer, [str(tmp_path / "mine.yaml")])
+    assert list(result.tasks) == ["household"]
+    task = result.tasks["household"]
+    assert (task.metric, task.n, task.data) == ("acc_norm", 5, "json")
+    assert task.value == pytest.approx(right / 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no task file"), ("a: [", "cannot be read"), ("group: x\ntask: [y]", "no `task: NAME`")],
+)
+def test_task_files_that_cannot_be_used(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        check_tasks([str(tmp_path / "mine.yaml")])
+
+
+def test_a_group_is_one_figure_made_of_its_tasks(tmp_path):
+    names = sorted(task_files(["mmlu_humanities"]))
+    assert len(names) == 13
+    for place, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        for split, rows in (("test", 2 + place % 3), ("dev", 2)):
+            lines = [
+                {"question": f"{name} {split} {row}", "subject": name, "choices": list("abcd"), "answer": row % 4}
+                for row in range(rows)
+            ]
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = zero_shot(
+        pico_llama(),
+        pico_tokenizer(),
+        ["mmlu_humanities", EMBEDDED_TASK],
+        local_data=str(tmp_path),
+        limit=4,
+        num_fewshot={"mmlu_humanities": 1},
+    )
+    assert list(result.tasks) == ["mmlu_humanities", EMBEDDED_TASK]
+    group = result.tasks["mmlu_humanities"]
+    sizes = {name: 2 + place % 3 for place, name in enumerate(names)}
+    assert group.n == sum(sizes.values())
+    assert group.subtasks.keys() == sizes.keys()
+    # The harness weighs the tasks of this group by their questions.
+    assert group.value == pytest.approx(sum(group.subtasks[name] * size for name, size in sizes.items()) / group.n)
+    assert (group.num_fewshot, result.tasks[EMBEDDED_TASK].num_fewshot, result.num_fewshot) == (1, 0, None)
+    assert result.mean == pytest.approx((group.value + result.tasks[EMBEDDED_TASK].value) / 2)
+    (tmp_path / names[3] / "dev.jsonl").unlink()
+    with pytest.raises(UsageError, match=rf"{names[3]}/dev\.jsonl"):
+        check_tasks(["mmlu_humanities"], str(tmp_path), 1)
+    check_tasks(["mmlu_humanities"], str(tmp_path), 0)
+    with pytest.raises(UsageError, match="asked for twice"):
+        check_tasks(["mmlu_humanities", names[0]])
+
+
+def test_the_hash_of_what_was_asked(tmp_path, piqa):
+    def asked(data=piqa, limit=4, **options):
+        return zero_shot(pico_llama(), pico_tokenizer(), ["piqa"], local_data=data, limit=limit, **options)
+
+    first = asked().tasks["piqa"].requests_sha256
+    lines = []
+    for row in PIQA[:4]:
+        context = f"Question: {row['goal']}\nAnswer:"
+        lines += [json.dumps(["loglikelihood", context, f" {row[name]}"]) + "\n" for name in ("sol1", "sol2")]
+    # Both metrics ask for the same: with and without the length of a choice.
+    assert first == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert asked(batch_size=1).tasks["piqa"].requests_sha256 == first
+    assert asked(limit=3).tasks["piqa"].requests_sha256 != first
+
+
+def test_cached_figures(piqa, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLM_PL_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = pico_llama(), pico_tokenizer()
+
+    def ask(**options):
+        seen = {}
+        options = {"limit": 4, "cache": True, **options}
+        return zero_shot(model, tokenizer, ["piqa"], local_data=piqa, on_samples=seen.update, **options), seen
+
+    first, samples = ask()
+    again, same = ask()
+    assert (first.cached, again.cached) == (False, True)
+    assert again == replace(first, cached=True)
+    assert json.loads(json.dumps(samples, default=str)) == same
+    assert not ask(batch_size=2)[0].cached
+    assert not ask(limit=3)[0].cached
+    assert not ask(cache=False)[0].cached
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] += 1e-4
+    assert not ask()[0].cached
+
+
+def test_chat_template(piqa):
+    tokenizer = pico_tokenizer()
+    with pytest.raises(UsageError, match="this tokenizer has none"):
+        zero_shot(pico_llama(), tokenizer, ["piqa"], local_data=piqa, chat_template=True)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+    samples = {}
+    result = zero_shot(
+        pico_llama(), tokenizer, ["piqa"], local_data=piqa, chat_template=True, on_samples=samples.update
+    )
+    assert result.chat_template
+    prompt = samples["piqa"][0]["arguments"][0][0]
+    assert prompt.startswith(f"<user>Question: {PIQA[0]['goal']}")
+    assert "<assistant>" in prompt
+
+
+def _ask_together(rank, directory):
+    samples = {}
+    result = zero_shot(
+        pico_llama(),
+        pico_tokenizer(),
+        ["piqa", EMBEDDED_TASK],
+        local_data=directory,
+        limit=5,
+        num_fewshot={"piqa": 1},
+        batch_size=1,
+        on_samples=samples.update,
+    )
+    alone = zero_shot(pico_llama(), pico_tokenizer(), ["piqa"], local_data=directory, limit=1)
+    record = {"result": asdict(result), "asked": {name: len(one) for name, one in samples.items()}, "one": alone.mean}
+    record["order"] = [one["doc_id"] for one in samples.get("piqa", [])]
+    record["resps"] = [one["resps"] for one in samples.get("piqa", [])]
+    Path(directory, f"rank{rank}.json").write_text(json.dumps(record))
+
+
+def test_two_processes_share_the_questions(piqa):
+    (Path(piqa) / "piqa" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PIQA[::-1]))
+    in_two_processes(_ask_together, piqa)
+    first, second = (json.loads(Path(piqa, f"rank{rank}.json").read_text()) for rank in (0, 1))
+    samples = {}
+    alone = zero_shot(
+        pico_llama(),
+        pico_tokenizer(),
+        ["piqa", EMBEDDED_TASK],
+        local_data=piqa,
+        limit=5,
+        num_fewshot={"piqa": 1},
+        batch_size=1,
+        on_samples=samples.update,
+    )
+    # The order in which errors are summed up is another: their last digit may differ.
+    assert first["result"] == approx_record(asdict(alone))
+    assert second["result"] == first["result"]
+    assert first["asked"] == {"piqa": 5, EMBEDDED_TASK: 5}
+    assert second["asked"] == {}
+    assert first["order"] == [0, 1, 2, 3, 4]
+    assert first["resps"] == json.loads(json.dumps([one["resps"] for one in samples["piqa"]]))
+    # One question for two processes: the first asks it.
+    one = zero_shot(pico_llama(), pico_tokenizer(), ["piqa"], local_data=piqa, limit=1).mean
+    assert first["one"] == second["one"] == one
+
+
+def approx_record(value):
+    if isinstance(value, dict):
+        return {key: approx_record(part) for key, part in value.items()}
+    return pytest.approx(value, rel=1e-12) if isinstance(value, float) else value
 
 
 def test_limit_and_several_tasks(piqa):
@@ -205,3 +446,17 @@ def test_seven_tasks():
     }
     assert all(task.value in (0, 0.5, 1) and task.all[task.metric] == task.value for task in result.tasks.values())
     assert result.mean == pytest.approx(sum(task.value for task in result.tasks.values()) / 7)
+
+
+def test_other_tasks_beside_the_seven_are_not_in_their_mean():
+    def mean(names):
+        values = {name: 0.1 * (1 + place) for place, name in enumerate(SEVEN_TASKS)} | {"gsm8k": 0.9, "wikitext": 0.5}
+        results = {name: TaskResult("acc", values[name], 0.02, 10, {}) for name in names}
+        return mean_of_tasks(results, {"wikitext": {"acc": False}})
+
+    names, value, stderr = mean([*SEVEN_TASKS, "gsm8k", "wikitext"])
+    assert names == list(SEVEN_TASKS)
+    assert value == pytest.approx(0.4)
+    assert stderr == pytest.approx(0.02 / math.sqrt(7))
+    assert mean(["piqa", "gsm8k", "wikitext"])[:2] == (["piqa", "gsm8k"], pytest.approx((0.2 + 0.9) / 2))
+    assert mean(["wikitext"])[0] == []
