@@ -10,6 +10,15 @@ from pathlib import Path
 from slm_pl.errors import UsageError
 
 
+def cache_directory() -> Path:
+    """Where what is made once is kept: converted models, tokenised text, figures.
+
+    ``$SLM_PL_CACHE``, else ``slm_pl`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """
+    own = os.environ.get("SLM_PL_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slm_pl"
+
+
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes ``content`` to ``path`` under a temporary name and moves it into place.
 

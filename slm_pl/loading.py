@@ -237,17 +237,11 @@ def _package_file(pretrained: str) -> Path:
     return path
 
 
-def cache_directory() -> Path:
-    """Where converted models are kept: ``$SLM_PL_CACHE``, else ``slm_pl`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    own = os.environ.get("SLM_PL_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slm_pl"
-
-
 def _convert_gguf(path: Path) -> Path:
     """De-quantises a GGUF file to a float32 checkpoint, once for each content; returns the checkpoint's directory."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(path)
-    target = cache_directory() / "gguf" / f"{path.stem}-{digest[:16]}"
+    target = files.cache_directory() / "gguf" / f"{path.stem}-{digest[:16]}"
     if (target / "config.json").is_file():
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slm_pl.loading import cache_directory
+from slm_pl.files import cache_directory
 from tests.helpers.pico import pico_model
 from tests.helpers.tokenizer import pico_tokenizer
 

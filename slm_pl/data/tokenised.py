@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from slm_pl import files
-from slm_pl.loading import cache_directory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +45,7 @@ def tokenised(
     from datasets import Dataset
     from pyarrow import ArrowException
 
-    path = cache_directory() / "tokenised" / f"{key}.arrow"
+    path = files.cache_directory() / "tokenised" / f"{key}.arrow"
     if path.is_file():
         try:
             return Dataset.from_file(str(path))

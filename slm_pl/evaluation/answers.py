@@ -13,7 +13,6 @@ from torch import nn
 from slm_pl import files
 from slm_pl.evaluation._model import device_of
 from slm_pl.evaluation._ranks import world
-from slm_pl.loading import cache_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +94,7 @@ def find(name: str, samples: bool) -> Answers | None:
 
 
 def _read(name: str, samples: bool) -> Answers | None:
-    path = cache_directory() / "zero_shot" / name
+    path = files.cache_directory() / "zero_shot" / name
     try:
         result = json.loads((path / "result.json").read_text(encoding="utf-8"))
         if not samples:
@@ -109,7 +108,7 @@ def keep(name: str, result: Mapping[str, Any], samples: Mapping[str, Any] | None
     """Leaves an entry, whole or not at all."""
     from lm_eval.utils import handle_non_serializable
 
-    path = cache_directory() / "zero_shot" / name
+    path = files.cache_directory() / "zero_shot" / name
     files.make_directory(path.parent)
     with files.new_directory(path, overwrite=True) as directory:
         if samples is not None:

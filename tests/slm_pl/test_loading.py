@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slm_pl import loading
+from slm_pl import files, loading
 from slm_pl.errors import UsageError
 from tests.helpers.pico import pico_model
 from tests.helpers.run import IDS, logits_of
@@ -182,11 +182,11 @@ def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("SLM_PL_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert loading.cache_directory() == tmp_path / ".cache" / "slm_pl"
+    assert files.cache_directory() == tmp_path / ".cache" / "slm_pl"
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert loading.cache_directory() == Path("/x/slm_pl")
+    assert files.cache_directory() == Path("/x/slm_pl")
     monkeypatch.setenv("SLM_PL_CACHE", "/own")
-    assert loading.cache_directory() == Path("/own")
+    assert files.cache_directory() == Path("/own")
 
 
 def write_gguf(path: Path, model: torch.nn.Module, leave_out: str = "") -> None:
