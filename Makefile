@@ -9,7 +9,7 @@ QUICKSTART := $(BIN)/python main.py
 METHODS := slm sleb shortened_perplexity shortened_taylor shortened_magnitude block_influence angular reverse random \
     llm_pruner llm_pruner_uniform llm_pruner_channel flap wanda_structured slm_llm_pruner
 
-.PHONY: help install quickstart compare-methods test lint bench clean
+.PHONY: help install quickstart compare-methods sweep test lint bench clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,9 @@ compare-methods: install  ## Make SmolLM2-135M 16 % smaller with every method, d
 	set -e; for method in $(METHODS); do \
 	    $(QUICKSTART) test --config configs/quickstart_$$method.yaml --overwrite; done
 	$(QUICKSTART) compare runs/methods/dense/results.json $(METHODS:%=runs/methods/%/results.json)
+
+sweep: install  ## Six methods at two sizes on SmolLM2-135M, one table
+	$(QUICKSTART) sweep --config configs/sweeps/quickstart.yaml
 
 test: install  ## Run the tests
 	$(BIN)/python -m pytest

@@ -1,6 +1,7 @@
-"""The command line: ``fit``, ``validate``, ``test``, ``predict``, ``prune`` and ``compare``."""
+"""The command line: ``fit``, ``validate``, ``test``, ``predict``, ``prune``, ``compare``, ``data`` and ``sweep``."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -81,6 +82,8 @@ class CLI(LightningCLI):
         action = parser._subcommands_action
         assert action is not None
         action.add_subcommand("compare", compare_parser(), help="Put results side by side.")
+        action.add_subcommand("sweep", sweep_parser(), help="Methods x ratios x seeds on one model, and one table.")
+        action.add_subcommand("data", data_parser(), help="Download what evaluation needs, for use without network.")
 
     def before_instantiate_classes(self) -> None:
         """Checks what would fail late; one saved config for each subcommand of a run directory."""
@@ -135,8 +138,8 @@ class CLI(LightningCLI):
 def compare_parser() -> ArgumentParser:
     """Options of ``compare``."""
     parser = ArgumentParser(
-        description="Puts the results of several models side by side: a table on the terminal, comparison.md, "
-        "comparison.json and comparison.png."
+        description="Puts the results of several models side by side: a table on the terminal, the same as "
+        "comparison.md, .tex, .csv, .json and .html (sortable, one file), comparison.png and pareto.png."
     )
     parser.add_argument(
         "results", nargs="+", help="results.json files that `test` wrote, the dense model's among them."
@@ -145,8 +148,95 @@ def compare_parser() -> ArgumentParser:
     return parser
 
 
-def check_configs(args: Sequence[str]) -> bool:
+def sweep_parser() -> ArgumentParser:
+    """Options of ``sweep``."""
+    from slm_pl.sweep.config import SweepConfig
+    from slm_pl.sweep.parts import SweepFile
+
+    parser = ArgumentParser(
+        prog="main.py sweep",
+        description="Compresses one model with several methods to several sizes with several seeds, measures and "
+        "compares. What is finished stays; the same command does what is missing. configs/sweeps/ has examples.",
+    )
+    parser.add_argument("--config", action=SweepFile, help="The sweep as YAML; its parts are paths relative to it.")
+    parser.add_argument("--overwrite", action="store_true", help="Also do what is finished again.")
+    parser.add_argument("--dry_run", action="store_true", help="Print what would be done, and stop.")
+    parser.add_class_arguments(SweepConfig)
+    return parser
+
+
+def run_sweep(args: Sequence[str]) -> None:
+    """Runs ``sweep``.
+
+    Raises:
+        SystemExit: With status 1 if a cell failed.
+    """
+    check_configs(args, "configs/sweeps")
+    options = sweep_parser().parse_args(args).as_dict()
+    from slm_pl.sweep.config import SweepConfig
+    from slm_pl.sweep.run import sweep
+
+    overwrite, dry_run, _ = (options.pop(name) for name in ("overwrite", "dry_run", "config"))
+    if sweep(SweepConfig.from_dict(options), overwrite, dry_run, check_run):
+        raise SystemExit(1)
+
+
+def check_run(command: str, path: str) -> None:
+    """Tells a config that a subcommand does not take, without running it.
+
+    Raises:
+        UsageError: With what the parser says.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            CLI([command, "--config", path, "--print_config"], names_data=True)
+    except SystemExit as done:
+        if done.code not in (0, None):
+            message = said.getvalue().partition("error: ")[2].strip()
+            raise UsageError(f"{command} does not take what {Path(path).stem} would give it: {message}") from None
+
+
+def data_parser() -> ArgumentParser:
+    """Options of ``data``."""
+    parser = ArgumentParser(
+        description="Writes the data of zero-shot tasks and the texts of perplexity to a directory, on a machine with "
+        "network. Elsewhere, give that directory to the hooks as local_data: <task>/<split>.jsonl, and SOURCES.json."
+    )
+    parser.add_argument("--tasks", nargs="*", default=[], help="Tasks, groups and tags of lm-eval, or task files.")
+    parser.add_argument("--texts", nargs="*", default=[], help="Texts of perplexity: wikitext2, ptb, c4.")
+    parser.add_argument("--output", type=str, required=True, help="The directory; what it holds already stays.")
+    parser.add_argument("--overwrite", action="store_true", help="Fetch again what is there.")
+    return parser
+
+
+def mirror_data(args: Sequence[str]) -> None:
+    """Runs ``data``.
+
+    Raises:
+        UsageError: If something could not be fetched; what could be is there.
+    """
+    options = data_parser().parse_args(args)
+    if not options.tasks and not options.texts:
+        raise UsageError("data got nothing to fetch. Give --tasks, for example boolq piqa, or --texts wikitext2.")
+    from slm_pl.evaluation.mirror import make_mirror
+
+    mirror = make_mirror(options.output, options.tasks, options.texts, options.overwrite)
+    for one in mirror.written:
+        print(f"{options.output}/{one.path}: {one.rows:,} rows of {one.source}")
+    for name in mirror.there:
+        print(f"{options.output}/{name}: already there")
+    if mirror.failed:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in mirror.failed.items())
+        raise UsageError(f"Not fetched: {reasons}. What is listed above is there; the same command tries the rest.")
+
+
+def check_configs(args: Sequence[str], folder: str = "configs") -> bool:
     """Tells a config of another version before its options are found to be unknown.
+
+    Args:
+        args: Of the command line.
+        folder: Where configs of this kind are.
 
     Returns:
         Whether a config or an argument names the class of the data.
@@ -162,9 +252,9 @@ def check_configs(args: Sequence[str]) -> bool:
         path = value or (args[index + 1] if index + 1 < len(args) else "")
         if not os.path.isfile(path):
             if path and not path.lstrip().startswith("{"):
-                there = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+                there = sorted(str(p) for p in Path(folder).glob("*.yaml"))
                 raise UsageError(
-                    f"There is no config file {path}. There are: {', '.join(there) or 'none in configs/'}."
+                    f"There is no config file {path}. There are: {', '.join(there) or f'none in {folder}/'}."
                 )
             continue
         try:
@@ -250,6 +340,10 @@ def main(args: Sequence[str] | None = None) -> None:
                 from slm_pl.report import compare
 
                 compare(options.results, options.output_dir)
+            elif given[:1] == ["sweep"]:
+                run_sweep(given[1:])
+            elif given[:1] == ["data"]:
+                mirror_data(given[1:])
             else:
                 CLI(None if args is None else given, names_data=check_configs(given))
     except (UsageError, FloatingPointError, MisconfigurationException) as error:

@@ -19,13 +19,12 @@ LEVELS = {
     "slm_pl.pictures": 2,
     "slm_pl.width_pictures": 2,
     "slm_pl.results": 3,
-    "slm_pl.comparison": 3,
-    "slm_pl.figures": 3,
-    "slm_pl.charts": 3,
     "slm_pl.report": 3,
     "slm_pl.module": 4,
     "slm_pl.trainer": 4,
+    "slm_pl.sweep": 4,
     "slm_pl.cli": 5,
+    "slm_pl.__main__": 5,
     "callbacks": 6,
 }
 FILES = sorted([*ROOT.glob("slm_pl/**/*.py"), *ROOT.glob("callbacks/**/*.py")])

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import callbacks
-from slm_pl.cli import compare_parser, main
+from slm_pl.cli import compare_parser, data_parser, main, sweep_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
@@ -117,6 +117,10 @@ def test_readme_command_is_valid(command, capsys, monkeypatch):
             assert re.search(rf"^{target}:", MAKEFILE, flags=re.M), f"no target {target}"
     elif words[:2] == ["python", "main.py"] and words[2] == "compare":
         assert compare_parser().parse_args(words[3:]).results
+    elif words[:3] == ["python", "main.py", "data"]:
+        assert data_parser().parse_args(words[3:]).output
+    elif words[:3] == ["python", "main.py", "sweep"]:
+        assert sweep_parser().parse_args(words[3:]).methods
     elif words[:2] == ["python", "main.py"] and "--help" not in words:
         assert parses(words[2:], capsys)["trainer"]
     elif words[:4] == ["python", "-m", "pip", "install"]:
@@ -129,7 +133,7 @@ def test_readme_command_is_valid(command, capsys, monkeypatch):
 
 
 def test_readme_shows_the_row_names_of_the_report():
-    from slm_pl import comparison
+    from slm_pl.report import comparison
 
     source = Path(comparison.__file__).read_text()
     for name in ("Decoder layers", "Parameters", "Latency, median", "Output tokens/s", "Peak memory"):

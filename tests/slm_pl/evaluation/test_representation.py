@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from slm_pl.errors import UsageError
-from slm_pl.evaluation.representation import representation_similarity
 from slm_pl.evaluation.harness import task_prompts
+from slm_pl.evaluation.representation import representation_similarity
 from tests.helpers.pico import pico_model
 from tests.slm_pl.compression.test_scores import hsic_of_song, kernel_matrix
 

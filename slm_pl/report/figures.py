@@ -1,6 +1,6 @@
 """How figures of a comparison are written."""
 
-from slm_pl.rows import Cell, Quantity
+from slm_pl.report.rows import Cell, Quantity
 
 UNITS: dict[Quantity, tuple[float, str]] = {
     "count": (1, ""),

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from slm_pl.comparison import line_up
 from slm_pl.evaluation.drift import DriftResult
-from slm_pl.tables import csv_text, json_text, latex, latex_text, markdown
+from slm_pl.report.comparison import line_up
+from slm_pl.report.tables import csv_text, json_text, latex, latex_text, markdown
 from tests.helpers.records import record_of, save
 
 

@@ -6,13 +6,13 @@
 import textwrap
 from collections.abc import Sequence
 
-from slm_pl import tables, webpage
-from slm_pl.charts import comparison_bars
-from slm_pl.comparison import Comparison, line_up
 from slm_pl.console import brings_code, load_example
 from slm_pl.files import write_bytes, write_text
-from slm_pl.pareto import pareto_plot
-from slm_pl.tables import Entry
+from slm_pl.report import tables, webpage
+from slm_pl.report.charts import comparison_bars
+from slm_pl.report.comparison import Comparison, line_up
+from slm_pl.report.pareto import pareto_plot
+from slm_pl.report.tables import Entry
 
 BARS, PARETO = "comparison.png", "pareto.png"
 

@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from slm_pl.comparison import Comparison
 from slm_pl.drawing import COLOURS, GREY, new_figure, plain_text, to_png
-from slm_pl.figures import UNITS, cell_text
-from slm_pl.rows import Row
+from slm_pl.report.comparison import Comparison
+from slm_pl.report.figures import UNITS, cell_text
+from slm_pl.report.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,13 +3,13 @@ import math
 
 import pytest
 
-from slm_pl.comparison import line_up, word_stderr
 from slm_pl.evaluation import PerplexityResult, TaskResult
 from slm_pl.evaluation.drift import DriftResult
-from slm_pl.figures import ratio_text
-from slm_pl.protocols import harness_series
-from slm_pl.ranking import with_marks
-from slm_pl.rows import Cell, Row
+from slm_pl.report.comparison import line_up, word_stderr
+from slm_pl.report.figures import ratio_text
+from slm_pl.report.protocols import harness_series
+from slm_pl.report.ranking import with_marks
+from slm_pl.report.rows import Cell, Row
 from tests.helpers.records import marks_of, reasons_of, record_of, row_of, save, values_of
 
 

@@ -4,8 +4,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from slm_pl.figures import number_text
-from slm_pl.rows import LESS_IS_BETTER, MORE_IS_BETTER, Cell, Quantity, Row
+from slm_pl.report.figures import number_text
+from slm_pl.report.rows import LESS_IS_BETTER, MORE_IS_BETTER, Cell, Quantity, Row
 
 RATIOS: frozenset[Quantity] = frozenset({"parameters", "perplexity", "accuracy", "rate"})
 """What is also told as a ratio to the dense baseline's."""

@@ -9,8 +9,8 @@ from slm_pl.evaluation.drift import DriftResult
 from slm_pl.evaluation.efficiency import EfficiencyResult
 from slm_pl.evaluation.perplexity import PerplexityResult
 from slm_pl.evaluation.zero_shot import TaskResult, ZeroShotResult
+from slm_pl.report.rows import Protocol, Quantity
 from slm_pl.results import Results
-from slm_pl.rows import Protocol, Quantity
 
 HARNESS = "lm_eval 0.4"
 """The usual series of harness versions: only another one is in a title."""

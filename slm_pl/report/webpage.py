@@ -3,10 +3,10 @@
 import base64
 from html import escape
 
-from slm_pl.comparison import Comparison
-from slm_pl.figures import figure_text, ratio_text
-from slm_pl.rows import LESS_IS_BETTER, MORE_IS_BETTER, Cell, Row
-from slm_pl.tables import TIE, entries, environment_lines, legend
+from slm_pl.report.comparison import Comparison
+from slm_pl.report.figures import figure_text, ratio_text
+from slm_pl.report.rows import LESS_IS_BETTER, MORE_IS_BETTER, Cell, Row
+from slm_pl.report.tables import TIE, entries, environment_lines, legend
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c1e21; --soft: #5b6470; --line: #dde1e6; --head: #f3f5f7;

@@ -3,11 +3,11 @@ import io
 
 import pytest
 
-from slm_pl.comparison import line_up
 from slm_pl.drawing import COLOURS
 from slm_pl.evaluation import PerplexityResult
-from slm_pl.pareto import _apart, _Box, panels_of, pareto_plot
 from slm_pl.report import compare
+from slm_pl.report.comparison import line_up
+from slm_pl.report.pareto import _apart, _Box, panels_of, pareto_plot
 from tests.helpers.records import record_of, save
 
 

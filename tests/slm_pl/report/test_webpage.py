@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from slm_pl.comparison import line_up
 from slm_pl.report import compare
-from slm_pl.webpage import page
+from slm_pl.report.comparison import line_up
+from slm_pl.report.webpage import page
 from tests.helpers.records import record_of, save
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

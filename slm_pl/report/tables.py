@@ -8,11 +8,11 @@ import re
 import textwrap
 from dataclasses import dataclass
 
-from slm_pl.comparison import Comparison
-from slm_pl.figures import cell_text
-from slm_pl.ranking import RATIOS
+from slm_pl.report.comparison import Comparison
+from slm_pl.report.figures import cell_text
+from slm_pl.report.ranking import RATIOS
+from slm_pl.report.rows import Cell, Mark, Row, one_line
 from slm_pl.results import SCHEMA_VERSION, Results
-from slm_pl.rows import Cell, Mark, Row, one_line
 
 WIDEST = 5  # models beside each other; more stand below each other
 TIE = "≈"

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from slm_pl.comparison import Comparison
 from slm_pl.drawing import COLOURS, GREY, new_figure, plain, plain_text, shortened, to_png
-from slm_pl.figures import UNITS, number_text
-from slm_pl.rows import MORE_IS_BETTER, Row
+from slm_pl.report.comparison import Comparison
+from slm_pl.report.figures import UNITS, number_text
+from slm_pl.report.rows import MORE_IS_BETTER, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slm_pl import protocols
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.efficiency import EfficiencyResult, Spread
 from slm_pl.evaluation.perplexity import PerplexityResult
 from slm_pl.evaluation.zero_shot import TaskResult, ZeroShotResult
-from slm_pl.ranking import with_marks, with_ratios
+from slm_pl.report import protocols
+from slm_pl.report.ranking import with_marks, with_ratios
+from slm_pl.report.rows import MACHINE, Cell, Place, Protocol, Quantity, Row, one_line
 from slm_pl.results import Results
-from slm_pl.rows import MACHINE, Cell, Place, Protocol, Quantity, Row, one_line
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Methods x ratios x seeds on one model: what there is to do, doing it, and the one table."""
