@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from slm_pl import files
+from slm_pl.errors import UsageError
 from slm_pl.evaluation._model import device_of
 from slm_pl.evaluation._ranks import world
 
@@ -53,7 +55,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def key(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", asked: Mapping[str, object]) -> str:
-    """Name of an entry: a hash of everything that decides the figures to the last digit; the same on all processes.
+    """Name of an entry: a hash of what decides the figures to the last digit, but for the kind of CPU.
 
     Args:
         model: For its weights, their dtype and device.
@@ -73,6 +75,8 @@ def key(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", asked: Mapping[s
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "attention": str(getattr(getattr(model, "config", None), "_attn_implementation", None)),
+        "threads": torch.get_num_threads(),
+        "matmul": torch.get_float32_matmul_precision(),
         "processes": world()[1],
         **asked,
     }
@@ -84,13 +88,15 @@ def find(name: str, samples: bool) -> Answers | None:
 
     Args:
         name: Its :func:`key`.
-        samples: Whether the records of the questions are needed, too.
+        samples: Whether the records of the questions are needed, too; only the first process gets them.
     """
     rank, processes = world()
-    box = [_read(name, samples) if rank == 0 else None]
-    if processes > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+    entry = _read(name, samples) if rank == 0 else None
+    if processes == 1:
+        return entry
+    box = [None if entry is None else entry.result]
+    dist.broadcast_object_list(box, src=0)
+    return entry if rank == 0 or box[0] is None else Answers(box[0], None)
 
 
 def _read(name: str, samples: bool) -> Answers | None:
@@ -105,13 +111,16 @@ def _read(name: str, samples: bool) -> Answers | None:
 
 
 def keep(name: str, result: Mapping[str, Any], samples: Mapping[str, Any] | None) -> None:
-    """Leaves an entry, whole or not at all."""
+    """Leaves an entry, whole or not at all; a cache that cannot be written, or is being written, costs no figures."""
     from lm_eval.utils import handle_non_serializable
 
     path = files.cache_directory() / "zero_shot" / name
-    files.make_directory(path.parent)
-    with files.new_directory(path, overwrite=True) as directory:
-        if samples is not None:
-            text = json.dumps(samples, default=handle_non_serializable, ensure_ascii=False)
-            (directory / "samples.json").write_text(text, encoding="utf-8")
-        (directory / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    try:
+        files.make_directory(path.parent)
+        with files.new_directory(path, overwrite=True) as directory:
+            if samples is not None:
+                text = json.dumps(samples, default=handle_non_serializable, ensure_ascii=False)
+                (directory / "samples.json").write_text(text, encoding="utf-8")
+            (directory / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    except UsageError as error:
+        warnings.warn(f"The figures are not kept for the next time: {error}", stacklevel=2)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -273,8 +274,11 @@ def _name_in(path: Path) -> str:
     except Exception as error:
         raise UsageError(f"The task file {path} cannot be read: {_reason(error)}.") from error
     name = config.get("task") if isinstance(config, dict) else None
-    if not isinstance(name, str) or "group" in config:
-        raise UsageError(f"The task file {path} has no `task: NAME`; a file of one task of lm-eval is needed.")
+    if not isinstance(name, str) or "group" in config or not re.fullmatch(r"[\w.-]+", name):
+        raise UsageError(
+            f"The task file {path} has no `task: NAME` of letters, digits, _, . and -; a file of one task of lm-eval "
+            "is needed."
+        )
     return name
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,21 +87,25 @@ def make_mirror(
     files.make_directory(output)
     with quiet():
         found = task_files(tasks)
-        work: dict[str, Callable[[], dict[str, _Rows]]] = {}
+        both = [name for name in texts if name in found]
+        if both:
+            raise UsageError(f"{both[0]} is a task and a text, and both would be one directory. Mirror them apart.")
+        work: dict[str, tuple[set[str], Callable[[set[str]], dict[str, _Rows]]]] = {}
         for name, file in found.items():
-            work[name] = functools.partial(_task_splits, file)
+            work[name] = set(file.splits().values()), functools.partial(_task_splits, file)
         for name in texts:
-            work[name] = functools.partial(_text_split, CORPORA[name])
+            work[name] = {CORPORA[name].split}, functools.partial(_text_split, CORPORA[name])
         result = Mirror([], [], {})
         with Progress(transient=True) as progress:
             bar = progress.add_task("", total=len(work))
-            for name, fetch in work.items():
+            for name, (splits, fetch) in work.items():
                 progress.update(bar, description=f"Mirror: {name}")
-                if (output / name).is_dir() and any((output / name).iterdir()) and not overwrite:
+                wanted = {one for one in splits if overwrite or not (output / name / f"{one}.jsonl").is_file()}
+                if splits and not wanted:
                     result.there.append(name)
                 else:
                     try:
-                        result.written.extend(_write(output, name, fetch()))
+                        result.written.extend(_write(output, name, fetch(wanted)))
                         _write_manifest(output, result.written)
                     except Exception as error:
                         result.failed[name] = " ".join(f"{type(error).__name__}: {error}".split())
@@ -117,7 +122,7 @@ class _Rows:
     revision: str | None = None
 
 
-def _task_splits(file: TaskFile) -> dict[str, _Rows]:
+def _task_splits(file: TaskFile, wanted: set[str]) -> dict[str, _Rows]:
     import datasets
 
     if file.own_data:
@@ -127,31 +132,35 @@ def _task_splits(file: TaskFile) -> dict[str, _Rows]:
     options.pop("trust_remote_code", None)  # of scripts, which the library no longer runs
     source = "/".join(str(part) for part in (path, name) if part)
     found = {}
-    for split in dict.fromkeys(file.splits().values()):
+    for split in sorted(wanted):
         rows = datasets.load_dataset(path, name, split=split, **options)
         found[split] = _Rows(source, rows, _revision(rows))
     return found
 
 
-def _text_split(corpus: Corpus) -> dict[str, _Rows]:
+def _text_split(corpus: Corpus, wanted: set[str]) -> dict[str, _Rows]:
     rows = [{corpus.column: text} for text in hub_rows(corpus)]
     return {corpus.split: _Rows("/".join(part for part in (corpus.hub, corpus.name) if part), rows, corpus.revision)}
 
 
 def _write(output: Path, name: str, splits: Mapping[str, _Rows]) -> list[MirroredFile]:
-    written = []
-    with files.new_directory(output / name, overwrite=True) as directory:
+    """Writes all splits under hidden names before the first takes its place."""
+    written: list[MirroredFile] = []
+    files.make_directory(output / name)
+    with tempfile.TemporaryDirectory(dir=output, prefix=f".{name}.") as folder:
         for split, found in splits.items():
             digest = hashlib.sha256()
-            with (directory / f"{split}.jsonl").open("wb") as file:
+            with (Path(folder) / split).open("wb") as file:
                 for row in found.rows:
-                    line = json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+                    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
                     digest.update(line)
                     file.write(line)
             place = f"{name}/{split}.jsonl"
             written.append(
                 MirroredFile(place, found.source, split, found.revision, len(found.rows), digest.hexdigest())
             )
+        for one in written:
+            os.replace(Path(folder) / one.split, output / one.path)
     return written
 
 

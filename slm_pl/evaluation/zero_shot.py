@@ -2,20 +2,19 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import torch.distributed as dist
 from torch import nn
 
 from slm_pl.errors import UsageError
 from slm_pl.evaluation import answers
 from slm_pl.evaluation._model import device_of, evaluation_mode
-from slm_pl.evaluation._ranks import world
+from slm_pl.evaluation._ranks import together, world
 from slm_pl.evaluation.harness import (
     SEVEN_TASKS,
     LoadedTasks,
@@ -27,10 +26,14 @@ from slm_pl.evaluation.harness import (
 )
 
 if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerBase
 
 _LENGTH_NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")
+SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "brier_acc", "em", "exact_match", "mc1", "mc2"})
+"""Metrics of lm-eval, without the filter's name, that are shares between 0 and 1 of right answers."""
+
 # lm-eval tries 64 sequences of the model's full context to find a batch size, which takes minutes on a CPU.
 _CPU_BATCH_SIZE = 8
 
@@ -81,7 +84,7 @@ class ZeroShotResult:
         dtype: In which the model computed.
         chat_template: Whether the questions were put into the tokenizer's chat template.
         mean_of: The tasks in the mean: the seven commonsense tasks where all of them were asked, else all tasks whose
-            figure is better the higher it is.
+            figure is a share of right answers.
         cached: Whether these figures were found in the cache, measured before with the same weights and questions.
     """
 
@@ -132,7 +135,7 @@ def zero_shot(
         chat_template: Put the questions into the tokenizer's chat template.
         on_samples: Called on the first process with every question, answer and metric.
         cache: Look for these figures in the cache directory, and leave them there. They are found again if weights,
-            tokenizer, questions, batch size, device and versions are the same.
+            tokenizer, tasks, questions, right answers, batch size, device, threads and versions are the same.
 
     Returns:
         Accuracy of each task with its standard error, and the mean.
@@ -153,10 +156,11 @@ def zero_shot(
         loaded_tasks(names, local_data, num_fewshot) as loaded,
     ):
         from lm_eval import __version__ as harness_version
+        from lm_eval import evaluate
 
         # A copy of the tokenizer, because HFLM gives the one it gets a padding token.
         harness_model = _harness_model(model, copy.deepcopy(tokenizer), batch_size)
-        questions, hashes = _build_requests(loaded, harness_model, limit, chat_template)
+        _build_requests(loaded, harness_model, limit, chat_template)
         asked = ZeroShotResult(
             harness=f"lm_eval {harness_version}",
             tasks={},
@@ -167,20 +171,31 @@ def zero_shot(
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             chat_template=chat_template,
         )
+        first = world()[0] == 0
         key = None
         if cache:
-            key = answers.key(model, tokenizer, {"hashes": hashes, "harness": asked.harness, "batch": batch_size})
+            key = answers.key(
+                model, tokenizer, {**_to_record(asked), "names": loaded.names, "tasks": _identity(loaded)}
+            )
             found = answers.find(key, samples=on_samples is not None)
             if found is not None:
-                result = _from_record(found.result)
-                if on_samples is not None and found.samples is not None:
+                if on_samples is not None and found.samples is not None and first:
                     on_samples(found.samples)
-                return replace(result, cached=True)
-        output = _ask(harness_model, loaded, questions, limit, chat_template, samples=on_samples is not None)
-        result = _collect(asked, output, loaded, hashes)
-        if "samples" in output and on_samples is not None:
+                return replace(_from_record(found.result), cached=True)
+        seed()
+        # What simple_evaluate runs between reading its arguments and describing the machine, which takes seconds and
+        # writes git's complaints to the terminal outside of a repository.
+        output = evaluate(
+            lm=harness_model,
+            task_dict={"tasks": loaded.tasks, "groups": loaded.groups},
+            limit=limit,
+            log_samples=on_samples is not None,
+            apply_chat_template=chat_template,
+        )
+        result = _collect(asked, output, loaded)
+        if on_samples is not None and first:
             on_samples(output["samples"])
-        if key is not None and world()[0] == 0:
+        if key is not None and first:
             answers.keep(key, _to_record(result), output.get("samples"))
     return result
 
@@ -204,34 +219,41 @@ def check_arguments(tasks: list[str], limit: int | None, batch_size: int | str, 
 
 
 def _harness_model(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", batch_size: int | str) -> "HFLM":
-    """The harness's view of a model in memory; it leaves processes that work together to the caller."""
+    """The harness's view of a model in memory, whose requests the processes share.
+
+    To the harness it is one process: each runs its share of the questions, gets all answers, and makes the same figures
+    of them. So a task may have fewer questions than there are processes, and a failure in one ends all.
+    """
     from lm_eval.models.huggingface import HFLM
 
-    class ModelInMemory(HFLM):
-        def share(self, rank: int, world_size: int) -> None:
-            self._rank, self._world_size = rank, world_size
+    class SharedModel(HFLM):
+        def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[Any]:
+            return self._share(super().loglikelihood, requests, disable_tqdm)
 
-        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-            parts = [torch.zeros_like(tensor) for _ in range(self.world_size)]
-            dist.all_gather(parts, tensor)
-            return torch.stack(parts)
+        def loglikelihood_rolling(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[Any]:
+            return self._share(super().loglikelihood_rolling, requests, disable_tqdm)
 
-        def barrier(self) -> None:
-            dist.barrier()
+        def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[Any]:
+            return self._share(super().generate_until, requests, disable_tqdm)
 
-    return ModelInMemory(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        def _share(self, run: Callable[..., list[Any]], requests: "list[Instance]", disable_tqdm: bool) -> list[Any]:
+            # Question by question: of choices after one context, the harness runs the context once.
+            questions = [list(of) for _, of in itertools.groupby(requests, key=lambda one: (one.task_name, one.doc_id))]
+
+            def ask(part: "list[list[Instance]]") -> list[list[Any]]:
+                if not part:
+                    return []
+                found = iter(run([one for of in part for one in of], disable_tqdm or world()[0] > 0))
+                return [[next(found) for _ in of] for of in part]
+
+            return [answer for of in together(questions, ask) for answer in of]
+
+    return SharedModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-def _build_requests(
-    loaded: LoadedTasks, lm: "HFLM", limit: int | None, chat_template: bool
-) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """All requests of every task, and their hash.
-
-    Every process builds those of all: solved examples are drawn one question after the other, so a process that built
-    its own only would draw others.
-    """
-    questions, hashes = {}, {}
-    for name, task in loaded.tasks.items():
+def _build_requests(loaded: LoadedTasks, lm: "HFLM", limit: int | None, chat_template: bool) -> None:
+    """All requests of every task; the harness's own call later finds them built."""
+    for task in loaded.tasks.values():
         with _quiet_bars():
             task.build_all_requests(
                 limit=limit,
@@ -242,9 +264,8 @@ def _build_requests(
                 chat_template=lm.apply_chat_template if chat_template else None,
                 tokenizer_name=lm.tokenizer_name if chat_template else "",
             )
-        questions[name] = list(task.instances)
-        hashes[name] = requests_sha256(questions[name])
-    return questions, hashes
+        # Again, it would draw other solved examples than those that were hashed.
+        task.build_all_requests = lambda **_: None
 
 
 @contextlib.contextmanager
@@ -260,57 +281,24 @@ def _quiet_bars() -> Iterator[None]:
         harness.tqdm = bar
 
 
-def _ask(
-    lm: "HFLM",
-    loaded: LoadedTasks,
-    questions: Mapping[str, list[Any]],
-    limit: int | None,
-    chat_template: bool,
-    samples: bool,
-) -> dict[str, Any]:
-    """Runs lm-eval's evaluation over requests that are built already; every process gets its output."""
-    from lm_eval import evaluate
-
-    rank, processes = world()
-    world_size = processes
-    fewest = min(len({one.doc_id for one in instances}) for instances in questions.values())
-    if fewest < world_size:  # the harness cannot do with a process that has no question
-        world_size = 1
-    output: dict[str, Any] | None = None
-    if rank < world_size:
-        lm.share(rank, world_size)
-        for name, task in loaded.tasks.items():
-            task._instances = [one for one in questions[name] if one.doc_id % world_size == rank]
-            task.build_all_requests = lambda **_: None
-        seed()
-        # What simple_evaluate runs between reading its arguments and describing the machine, which takes seconds and
-        # writes git's complaints to the terminal outside of a repository.
-        output = evaluate(
-            lm=lm,
-            task_dict={"tasks": loaded.tasks, "groups": loaded.groups},
-            limit=limit,
-            log_samples=samples,
-            apply_chat_template=chat_template,
-        )
-    if output is not None and samples:
-        output["samples"] = {
-            name: sorted(records, key=lambda record: record["doc_id"]) for name, records in output["samples"].items()
-        }
-    if processes > 1:
-        kept = {} if output is None else {name: part for name, part in output.items() if name != "samples"}
-        box = [json.loads(json.dumps(kept, default=str))]
-        dist.broadcast_object_list(box, src=0)
-        if rank:
-            return dict(box[0])
-    assert output is not None
-    return output
+def _identity(loaded: LoadedTasks) -> dict[str, object]:
+    """All that decides the tasks' figures beside the model: questions, right answers, metrics and filters."""
+    found: dict[str, object] = {}
+    for name, task in loaded.tasks.items():
+        # Without where its files are.
+        apart = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata")
+        config = {key: value for key, value in task.dump_config().items() if key not in apart}
+        config["version"] = task.VERSION
+        targets = [task.doc_to_target(one.doc) for one in task.instances]
+        documents = answers.text_sha256(json.dumps([[one.doc for one in task.instances], targets], default=str))
+        found[name] = [requests_sha256(task.instances), documents, loaded.data[name], json.dumps(config, default=str)]
+    return found
 
 
-def _collect(
-    asked: ZeroShotResult, output: Mapping[str, Any], loaded: LoadedTasks, hashes: Mapping[str, str]
-) -> ZeroShotResult:
+def _collect(asked: ZeroShotResult, output: Mapping[str, Any], loaded: LoadedTasks) -> ZeroShotResult:
+    hashes = {name: requests_sha256(task.instances) for name, task in loaded.tasks.items()}
     results = {name: _task_result(name, output, loaded, hashes) for name in loaded.names}
-    mean_of, mean, mean_stderr = mean_of_tasks(results, output.get("higher_is_better", {}))
+    mean_of, mean, mean_stderr = mean_of_tasks(results)
     shots = {result.num_fewshot for result in results.values()}
     return replace(
         asked,
@@ -322,24 +310,14 @@ def _collect(
     )
 
 
-def mean_of_tasks(
-    results: Mapping[str, TaskResult], higher_is_better: Mapping[str, Mapping[str, bool]]
-) -> tuple[list[str], float, float]:
+def mean_of_tasks(results: Mapping[str, TaskResult]) -> tuple[list[str], float, float]:
     """The plain mean and its standard error.
 
-    Args:
-        results: By task.
-        higher_is_better: By task and metric, as the harness says.
-
     Returns:
-        The tasks that count: the seven commonsense tasks if all of them are there, else all whose figure is better the
-        higher it is; their mean; its error. Not numbers if none counts.
+        The tasks that count: the seven commonsense tasks if all of them are there, else all whose figure is a share of
+        right answers; their mean; its error. Not numbers if none counts.
     """
-    counted = [
-        name
-        for name, result in results.items()
-        if higher_is_better.get(name, {}).get(result.metric.partition(",")[0]) is not False
-    ]
+    counted = [name for name, result in results.items() if result.metric.partition(",")[0] in SHARES]
     if all(name in results for name in SEVEN_TASKS):
         counted = list(SEVEN_TASKS)
     if not counted:

@@ -79,6 +79,11 @@ def test_what_is_there_stays_and_a_failure_stops_nothing(hub, tmp_path, capsys):
     second = make_mirror(output, [str(hub)])
     assert (second.written, second.there, second.failed) == ([], ["household"], {})
     assert mine.read_text() == "mine"
+    # What lacks is fetched, and what is there stays.
+    (output / "household" / "train.jsonl").unlink()
+    assert [one.path for one in make_mirror(output, [str(hub)]).written] == ["household/train.jsonl"]
+    assert mine.read_text() == "mine"
+    assert sorted(path.name for path in output.iterdir()) == [MANIFEST, "household"]
 
     broken = tmp_path / "broken.yaml"
     broken.write_text(hub.read_text().replace("household", "broken").replace("split: train", "split: absent"))
@@ -88,7 +93,7 @@ def test_what_is_there_stays_and_a_failure_stops_nothing(hub, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "broken" in error
     assert "absent" in error
-    assert not (output / "broken").exists()
+    assert not list(output.glob("*broken*/*"))
     assert len(mine.read_text().splitlines()) == len(ROWS)
     assert [one["path"] for one in json.loads((output / MANIFEST).read_text())] == [one.path for one in first.written]
 
