@@ -35,7 +35,8 @@ class PerplexityResult:
         stride: Tokens from the beginning of a window to that of the next; None if windows do not overlap.
         tail: What became of the tokens behind the last whole window: ``drop`` or ``keep``.
         word_value: Perplexity of a word: exp(mean cross-entropy x tokens of a word), where BOS is no token of the text.
-            Unlike ``value`` it compares across tokenizers. None if the words are not known.
+            Unlike ``value`` it compares across tokenizers, if the windows cover the same words: with ``tail: keep`` and
+            no ``max_tokens``, since windows end at tokens. None if the words are not known.
         words: Words of the text that the windows cover, as white space separates them.
     """
 

@@ -14,7 +14,7 @@ from slm_pl.errors import UsageError
 from slm_pl.evaluation.efficiency import EfficiencyResult, Spread
 from slm_pl.evaluation.perplexity import PerplexityResult
 from slm_pl.evaluation.zero_shot import TaskResult, ZeroShotResult
-from slm_pl.report import protocols
+from slm_pl.report import bases, protocols
 from slm_pl.report.ranking import with_marks, with_ratios
 from slm_pl.report.rows import MACHINE, Cell, Place, Protocol, Quantity, Row, one_line
 from slm_pl.results import Results
@@ -29,6 +29,7 @@ class Comparison:
         paths: The results.json of each column.
         records: The records.
         baseline: Whether the first column is a dense baseline.
+        baselines: Place of the column that each one's ratios are against: the dense model of its base, or None.
         rows: The table.
         warnings: What keeps figures from being comparable.
         output_dir: Where the report goes.
@@ -39,6 +40,7 @@ class Comparison:
     paths: list[Path]
     records: list[Results]
     baseline: bool
+    baselines: list[int | None]
     rows: list[Row]
     warnings: list[str]
     output_dir: Path
@@ -64,17 +66,21 @@ def line_up(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
         ((file, Results.load(file)) for file in files), key=lambda pair: pair[1].model.plan_sha256 is not None
     )
     files, records = [file for file, _ in loaded], [record for _, record in loaded]
-    baseline = records[0].model.plan_sha256 is None
+    baselines = bases.baselines_of(records)
     labels = _distinct_labels(files, records)
+    warnings = [*bases.warnings_of(labels, records, baselines), *protocols.warnings_of(labels, records)]
+    rows = _rows(records, baselines)
+    assert len({row.name for row in rows}) == len(rows)  # CSV and the summary of a sweep go by the name
     if output_dir is None:
         output_dir = os.path.commonpath([str(file.resolve().parent.parent) for file in files])
     return Comparison(
         labels=labels,
         paths=files,
         records=records,
-        baseline=baseline,
-        rows=_rows(records, baseline),
-        warnings=[one_line(warning) for warning in protocols.warnings_of(labels, records, baseline)],
+        baseline=records[0].model.plan_sha256 is None,
+        baselines=baselines,
+        rows=rows,
+        warnings=[one_line(warning) for warning in warnings],
         output_dir=Path(output_dir),
         export=_last_export(records),
     )
@@ -131,7 +137,7 @@ def _figure(
     return _Figure(subject, row, cell, lambda here: protocols.differences(protocol, here, exact))
 
 
-def _rows(records: list[Results], baseline: bool) -> list[Row]:
+def _rows(records: list[Results], baselines: list[int | None]) -> list[Row]:
     rows = [
         Row("num_layers", "Decoder layers", "count", [Cell(record.model.num_layers) for record in records]),
         Row("num_parameters", "Parameters", "parameters", [Cell(record.model.num_parameters) for record in records]),
@@ -143,8 +149,7 @@ def _rows(records: list[Results], baseline: bool) -> list[Row]:
         *_lined_up(records, "drift", _drifts),
         *_lined_up(records, "efficiency", _generations),
     ]
-    if baseline:
-        rows = [with_ratios(row) for row in rows]
+    rows = [with_ratios(row, baselines) for row in rows]
     competing = [record.model.plan_sha256 is not None for record in records]
     competitors = [record for record in records if record.model.plan_sha256 is not None]
     rows = [
@@ -194,14 +199,18 @@ def _key(row: Row) -> tuple[str, str]:
 
 def _absent(record: Results, room: str, wanted: _Figure, own: list[_Figure]) -> Cell:
     """The cell of a model that was not measured with a row's protocol."""
+    protocol = wanted.row.protocol
+    # The keys that hooks leave: of one text and length, and of all of it.
+    for key in (f"{room} {protocol.get('corpus')} @ {protocol.get('sequence_length')}", room):
+        if key in record.missing:
+            return Cell(None, reason=one_line(record.missing[key]))
     same = [figure for figure in own if figure.subject == wanted.subject]
     if same:
-        here = wanted.row.protocol
-        nearest = min(same, key=lambda figure: len(protocols.differing_fields(figure.row.protocol, here)))
-        return Cell(None, reason=one_line(f"measured with {nearest.differences(here)}"))
-    if room == "drift" and record.model.plan_sha256 is None and room not in record.missing:
+        nearest = min(same, key=lambda figure: len(protocols.differing_fields(figure.row.protocol, protocol)))
+        return Cell(None, reason=one_line(f"measured with {nearest.differences(protocol)}"))
+    if room == "drift" and record.model.plan_sha256 is None:
         return Cell(None, reason="it is the distance from the dense model")
-    return Cell(None, reason=one_line(record.missing.get(room, "not measured")))
+    return Cell(None, reason="not measured")
 
 
 def _told_apart(rows: list[Row]) -> list[Row]:
@@ -272,6 +281,7 @@ def _word_perplexities(record: Results) -> Iterable[_Figure]:
             protocol,
             _cell(record, place, one.word_value, word_stderr(one), one.words),
             place="page",
+            exact={} if one.tail == "keep" else {"words": f"words {one.words} (tail: keep would cover the whole text)"},
         )
 
 
@@ -285,15 +295,10 @@ def word_stderr(one: PerplexityResult) -> float | None:
     return one.word_value * math.log(one.word_value) / math.log(one.value) * one.stderr / one.value
 
 
-# What is a share of the questions; of another metric nobody here knows the unit, or which side is better.
-_ACCURACIES = ("acc", "exact_match", "em", "f1")
-
-
 def _tasks(record: Results) -> Iterable[_Figure]:
     result = record.zero_shot
     if result is None:
         return
-    in_mean = protocols.mean_tasks(result)
     for task, one in result.tasks.items():
         for metric in dict.fromkeys((one.metric, *one.all)):
             reported = metric == one.metric
@@ -303,7 +308,7 @@ def _tasks(record: Results) -> Iterable[_Figure]:
                 f"{task} {metric}",
                 f"zero_shot.{task}.{metric}.{one.n}{_task_name(protocol)}",
                 f"{task}, {metric} (n = {one.n:,}{_task_notes(protocol)})",
-                "accuracy" if metric.startswith(_ACCURACIES) or (reported and task in in_mean) else "number",
+                "accuracy" if protocols.is_share(metric) else "number",
                 protocol,
                 _cell(record, f"zero_shot.tasks.{task}.value" if reported else "", value, stderr, one.n),
                 place="table" if reported else "data",
@@ -327,7 +332,8 @@ def _task_notes(protocol: Protocol) -> str:
 
 def _task_name(protocol: Protocol) -> str:
     """What else identifies how a task was asked, for the name."""
-    parts = [f"{protocol['num_fewshot']}shot"] if protocol["num_fewshot"] else []
+    shots = protocol["num_fewshot"]
+    parts = ["mixedshot"] if shots is None else [f"{shots}shot"] if shots else []
     parts += ["chat"] if protocol["chat_template"] else []
     parts += [str(protocol["harness"]).replace(" ", "-")] if protocol["harness"] != protocols.HARNESS else []
     parts += [f"v{protocol['version']}"] if protocol["version"] is not None else []
@@ -337,8 +343,8 @@ def _task_name(protocol: Protocol) -> str:
 
 def _means(record: Results) -> Iterable[_Figure]:
     result = record.zero_shot
-    if result is None or not result.tasks:
-        return
+    if result is None or not result.tasks or not (result.mean_of or math.isfinite(result.mean)):
+        return  # a record from before it named the tasks has at least their mean
     protocol, tasks = protocols.mean_protocol(result), protocols.mean_tasks(result)
     exact = {task: _exact(result, one) for task, one in tasks.items()}
     k, questions = len(tasks), sum(one.n for one in tasks.values())
@@ -348,7 +354,7 @@ def _means(record: Results) -> Iterable[_Figure]:
         # The tasks' names would make a name of several lines; they are in the protocol.
         f"zero_shot.mean.{k}.{questions}.{protocols.fingerprint(protocol)}",
         f"Zero-shot mean ({k} task{'s' if k > 1 else ''}, {questions:,} questions{note})",
-        "accuracy",
+        "accuracy" if all(protocols.is_share(one.metric) for one in tasks.values()) else "number",
         [],
         protocol,
     )
@@ -360,7 +366,7 @@ def _drifts(record: Results) -> Iterable[_Figure]:
     for index, one in enumerate(record.drift):
         protocol = protocols.drift_protocol(one)
         title, name = _window_notes(protocol)
-        name = f"{one.corpus}.{one.sequence_length}.{one.bos}.{one.tokens}{name}"
+        name = f"{one.corpus}.{one.sequence_length}.{one.bos}.{one.tokens}{name}.{protocols.short(one.reference)}"
         title = f"({one.corpus} @ {one.sequence_length}{title})"
         yield _figure(
             f"kl {one.corpus}",

@@ -69,7 +69,7 @@ def panels_of(comparison: Comparison) -> list[list[Panel]]:
 
     qualities = [
         *most(lambda row: row.quantity == "perplexity", present),
-        *most(lambda row: row.name.startswith("zero_shot.mean."), present),
+        *most(lambda row: row.name.startswith("zero_shot.mean.") and row.quantity == "accuracy", present),
     ]
 
     def shared(cost: Row) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from slm_pl.evaluation.drift import DriftResult
 from slm_pl.evaluation.efficiency import EfficiencyResult
 from slm_pl.evaluation.perplexity import PerplexityResult
-from slm_pl.evaluation.zero_shot import TaskResult, ZeroShotResult
+from slm_pl.evaluation.zero_shot import SHARES, TaskResult, ZeroShotResult
 from slm_pl.report.rows import Protocol, Quantity
 from slm_pl.results import Results
 
@@ -34,7 +34,11 @@ def perplexity_protocol(one: PerplexityResult) -> Protocol:
 
 
 def word_protocol(one: PerplexityResult) -> Protocol:
-    """Of the perplexity of a word: its tokens may be another tokenizer's."""
+    """Of the perplexity of a word.
+
+    Its tokens may be another tokenizer's, if the windows cover the same words all the same. Windows end at tokens, so
+    that takes the whole text, to its end: ``tail: keep`` and no ``max_tokens``.
+    """
     return {
         "corpus": one.corpus,
         "sequence_length": one.sequence_length,
@@ -79,6 +83,11 @@ def mean_protocol(result: ZeroShotResult) -> Protocol:
     return {task: task_protocol(result, one, one.metric) for task, one in sorted(mean_tasks(result).items())}
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of the questions; of another one nobody here knows the unit, or the better side."""
+    return metric.partition(",")[0] in SHARES
+
+
 def mean_tasks(result: ZeroShotResult) -> dict[str, TaskResult]:
     """The tasks in the mean; all of them where the record does not say."""
     return {task: one for task, one in result.tasks.items() if task in result.mean_of} or result.tasks
@@ -106,7 +115,12 @@ def frozen(protocol: Protocol) -> str:
 
 def fingerprint(protocol: Protocol) -> str:
     """A short name of a protocol that does not depend on what it is compared with."""
-    return hashlib.sha256(frozen(protocol).encode(errors="replace")).hexdigest()[:8]
+    return short(frozen(protocol))
+
+
+def short(text: str) -> str:
+    """Eight letters in place of a text of any length."""
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:8]
 
 
 def differing_fields(theirs: Protocol, here: Protocol) -> list[str]:
@@ -164,14 +178,9 @@ def value_text(name: str, value: object) -> str:
     )
 
 
-def warnings_of(labels: list[str], records: list[Results], baseline: bool) -> list[str]:
+def warnings_of(labels: list[str], records: list[Results]) -> list[str]:
     """What keeps figures of these records from being comparable."""
     warnings = []
-    if not baseline:
-        warnings.append(
-            "There is no dense baseline among the records, so nothing here says what compression cost. Run `main.py "
-            "test` on the dense model too and add its results.json."
-        )
 
     def differing(what: str, of: Callable[[Results], object], consequence: str) -> None:
         values = {label: of(record) for label, record in zip(labels, records, strict=True)}

@@ -1,4 +1,4 @@
-"""How the models of a row stand to the dense baseline and to each other."""
+"""How the models of a row stand to their dense baselines and to each other."""
 
 import dataclasses
 import math
@@ -11,14 +11,19 @@ RATIOS: frozenset[Quantity] = frozenset({"parameters", "perplexity", "accuracy",
 """What is also told as a ratio to the dense baseline's."""
 
 
-def with_ratios(row: Row) -> Row:
-    """Puts what was retained of the dense baseline, the first model, into the others' cells."""
-    dense = row.cells[0].value
-    if row.quantity not in RATIOS or not dense:
+def with_ratios(row: Row, baselines: Sequence[int | None]) -> Row:
+    """Puts what was retained of its dense baseline into each model's cell.
+
+    Args:
+        row: A row.
+        baselines: The place of each model's baseline among the models; None for a model without one.
+    """
+    if row.quantity not in RATIOS:
         return row
-    cells = row.cells[:1]
-    for cell in row.cells[1:]:
-        ratio = cell.value / dense if cell.value is not None else math.inf
+    cells = []
+    for cell, place in zip(row.cells, baselines, strict=True):
+        dense = None if place is None else row.cells[place].value
+        ratio = cell.value / dense if cell.value is not None and dense else math.inf
         cells.append(dataclasses.replace(cell, ratio=ratio) if math.isfinite(ratio) else cell)
     return dataclasses.replace(row, cells=cells)
 

@@ -86,7 +86,9 @@ def legend(comparison: Comparison, bold: str = "Bold") -> list[str]:
         comparison: The comparison.
         bold: How the best figures look.
     """
-    sentences = ["± is one standard error." + " Ratios are against the dense baseline." * comparison.baseline]
+    dense = {place for place in comparison.baselines if place is not None}
+    against = "the dense baseline" if len(dense) < 2 else "the dense model of the same base"
+    sentences = ["± is one standard error." + f" Ratios are against {against}." * bool(dense)]
     marked = [cell for row in comparison.rows for cell in row.cells if cell.mark is not None]
     if marked:
         sentences.append(
@@ -198,10 +200,15 @@ _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': "''", "[": "{[}", "]": "{]}", "*": "{*}",  # the last three mean something after \\
-    "±": r"$\pm$", "×": r"$\times$", "≈": r"$\approx$", "√": r"$\surd$", "²": r"$^2$", "–": "--", "…": r"\dots{}",
-    "≤": r"$\leq$", "≥": r"$\geq$", "→": r"$\to$", "α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$",
-    "δ": r"$\delta$", "λ": r"$\lambda$", "μ": r"$\mu$", "ρ": r"$\rho$", "σ": r"$\sigma$", "τ": r"$\tau$",
-    "θ": r"$\theta$",
+    "±": r"$\pm$", "×": r"$\times$", "·": r"$\cdot$", "−": "$-$", "≈": r"$\approx$", "≤": r"$\leq$", "≥": r"$\geq$",
+    "≠": r"$\neq$", "√": r"$\surd$", "∂": r"$\partial$", "∞": r"$\infty$", "‖": r"$\|$", "²": r"$^2$", "³": r"$^3$",
+    "₁": r"$_1$", "₂": r"$_2$", "°": r"$^\circ$", "→": r"$\to$", "←": r"$\leftarrow$", "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$", "–": "--", "—": "---", "…": r"\dots{}", "“": "``", "”": "''", "‘": "`", "’": "'",
+    "\u00a0": "~", "µ": r"$\mu$", "Γ": r"$\Gamma$", "Δ": r"$\Delta$", "Θ": r"$\Theta$", "Λ": r"$\Lambda$",
+    "Π": r"$\Pi$", "Σ": r"$\Sigma$", "Φ": r"$\Phi$", "Ψ": r"$\Psi$", "Ω": r"$\Omega$", "α": r"$\alpha$",
+    "β": r"$\beta$", "γ": r"$\gamma$", "δ": r"$\delta$", "ε": r"$\varepsilon$", "η": r"$\eta$", "θ": r"$\theta$",
+    "κ": r"$\kappa$", "λ": r"$\lambda$", "μ": r"$\mu$", "ν": r"$\nu$", "ξ": r"$\xi$", "π": r"$\pi$", "ρ": r"$\rho$",
+    "σ": r"$\sigma$", "τ": r"$\tau$", "φ": r"$\varphi$", "χ": r"$\chi$", "ψ": r"$\psi$", "ω": r"$\omega$",
 }  # fmt: skip
 # Letters that LaTeX sets in its own fonts, without a further package.
 _LATIN = frozenset("ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõöøùúûüýÿ")
@@ -226,9 +233,10 @@ def latex(comparison: Comparison) -> str:
         return rf"\textbf{{{latex_text(entry.text)}}}" if entry.mark == "best" else latex_text(entry.noted)
 
     lines = []
+    dense = sum(record.model.plan_sha256 is None for record in comparison.records)
     for index, line in enumerate(table.lines):
-        if not table.quantities and index == 1 and comparison.baseline:
-            lines.append(r"\midrule")  # the baseline stands apart
+        if not table.quantities and 0 < index == dense:
+            lines.append(r"\midrule")  # the dense models stand apart
         lines.append(" & ".join(map(cell, line)) + r" \\")
     notes = [f"[{index}] {note}." for index, note in enumerate(table.notes, 1)]
     return "\n".join(
@@ -263,9 +271,12 @@ def json_text(comparison: Comparison) -> str:
             **dataclasses.asdict(record.model),
             "label": label,
             "results": str(path),
+            "baseline": None if baseline is None else comparison.labels[baseline],
             "environment": dataclasses.asdict(record.environment),
         }
-        for label, path, record in zip(comparison.labels, comparison.paths, comparison.records, strict=True)
+        for label, path, record, baseline in zip(
+            comparison.labels, comparison.paths, comparison.records, comparison.baselines, strict=True
+        )
     ]
     record = {
         "schema_version": SCHEMA_VERSION,

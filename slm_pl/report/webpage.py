@@ -67,6 +67,11 @@ figcaption { color: var(--soft); font-size: 0.87rem; margin-top: 0.3rem; }
 @media print { .scroll { overflow: visible; max-height: none; } thead button span::after { content: ""; } }
 """
 
+_WORDS = (
+    "Perplexity of a word compares models of different tokenizers only where their windows cover the same words. "
+    "Windows end at tokens, so that takes the whole text: tail: keep, and no max_tokens."
+)
+
 # Numbers are compared as written by repr, so that what is printed alike still has an order. Without a value last.
 _SCRIPT = """
 "use strict";
@@ -123,7 +128,15 @@ def page(comparison: Comparison, pictures: dict[str, tuple[str, bytes]]) -> str:
             f'<span class="label">{name.replace("_", "_<wbr>").replace("-", "-<wbr>")}{tag}</span></th>{figures}</tr>'
         )
     models = len(comparison.labels)
-    baseline = f"; dense baseline: {comparison.labels[0]}" if comparison.baseline else ""
+    baselines = [
+        label
+        for label, record in zip(comparison.labels, comparison.records, strict=True)
+        if record.model.plan_sha256 is None
+    ]
+    baseline = f"; dense baseline{'s' * (len(baselines) > 1)}: {', '.join(baselines)}" if baselines else ""
+    sentences = legend(comparison, "Bold and green")
+    if any(row.name.startswith("word_perplexity.") for row in rows):
+        sentences.append(_WORDS)
     newest = max(record.environment.date for record in comparison.records)
     parts = [
         "<!DOCTYPE html>",
@@ -148,7 +161,7 @@ def page(comparison: Comparison, pictures: dict[str, tuple[str, bytes]]) -> str:
         f"<tbody>{''.join(lines)}</tbody>",
         "</table>",
         "</div>",
-        *(f'<p class="legend">{escape(text)}</p>' for text in legend(comparison, "Bold and green")),
+        *(f'<p class="legend">{escape(text)}</p>' for text in sentences),
         '<div class="notes">' * bool(notes),
         *(f'<p id="note-{index}">[{index}] {escape(note)}</p>' for index, note in enumerate(notes, 1)),
         "</div>" * bool(notes),

@@ -21,9 +21,9 @@ def spread(value):
     return Spread(median=value, mean=value, stdev=0.1, min=value, max=value)
 
 
-def record_of(label, plan=None, perplexity=20.0, accuracy=0.6, latency=4.0, **environment):
+def record_of(label, plan=None, perplexity=20.0, accuracy=0.6, latency=4.0, base="models/dense", **environment):
     return Results(
-        model=ModelIdentity(label, f"models/{label}", "models/dense", 24 if plan else 30, 80 if plan else 100, plan),
+        model=ModelIdentity(label, f"models/{label}", base, 24 if plan else 30, 80 if plan else 100, plan),
         environment=dataclasses.replace(ENVIRONMENT, **environment),
         perplexity=[PerplexityResult("embedded", 128, "none", 4064, perplexity, 0.5)],
         zero_shot=ZeroShotResult(

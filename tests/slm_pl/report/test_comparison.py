@@ -1,16 +1,24 @@
+import csv
 import dataclasses
+import hashlib
 import math
 
 import pytest
+import torch
 
-from slm_pl.evaluation import PerplexityResult, TaskResult
+from callbacks import Drift, Perplexity
+from slm_pl.data import EvaluationText
+from slm_pl.evaluation import PerplexityResult, TaskResult, ZeroShotResult
 from slm_pl.evaluation.drift import DriftResult
 from slm_pl.report.comparison import line_up, word_stderr
 from slm_pl.report.figures import ratio_text
 from slm_pl.report.protocols import harness_series
 from slm_pl.report.ranking import with_marks
 from slm_pl.report.rows import Cell, Row
+from slm_pl.report.tables import csv_text
+from slm_pl.results import Results
 from tests.helpers.records import marks_of, reasons_of, record_of, row_of, save, values_of
+from tests.helpers.run import Drop, alpaca_data, make_module, make_trainer
 
 
 def _with_task(record, name="boolq", harness=None, limit=None, chat_template=False, **task):
@@ -158,6 +166,36 @@ def test_a_mean_names_the_tasks_that_differ(tmp_path):
     assert means[0].title != means[1].title
 
 
+def test_only_shares_are_percentages_also_in_a_mean(tmp_path):
+    """A perplexity or a score on a scale of its own is a plain number, whatever the record says of it."""
+    tasks = {
+        "wikitext": TaskResult("word_perplexity", 0.8, 0.1, 62, {"word_perplexity": 0.8}),
+        "gsm8k": TaskResult("exact_match,strict", 0.5, 0.1, 50, {"exact_match,strict": 0.5}),
+        "judged": TaskResult("accumulated", 0.7, 0.1, 50, {"accumulated": 0.7}),
+    }
+    record = record_of("dense")
+    record.zero_shot = ZeroShotResult("lm_eval 0.4.13", tasks, 0.65, 0.1, mean_of=["wikitext", "gsm8k"])
+    (path,) = save(tmp_path, dense=record)
+    quantities = {row.name.split(".")[1]: row.quantity for row in line_up([path]).rows if "zero_shot" in row.name}
+    assert quantities == {"wikitext": "number", "gsm8k": "accuracy", "judged": "number", "mean": "number"}
+    record.zero_shot = dataclasses.replace(record.zero_shot, mean=0.5, mean_of=["gsm8k"])
+    record.save(path)
+    assert row_of(line_up([path]), "zero_shot.mean").quantity == "accuracy"
+    # No task counts: there is no mean to show.
+    record.zero_shot = dataclasses.replace(record.zero_shot, mean=math.nan, mean_of=[])
+    record.save(path)
+    assert not [row for row in line_up([path]).rows if row.name.startswith("zero_shot.mean")]
+
+
+def test_a_group_whose_tasks_differ_in_their_examples_has_a_name_of_its_own(tmp_path):
+    dense, pruned = record_of("dense"), _with_task(record_of("pruned", "ab"), num_fewshot=None)
+    pruned.zero_shot = dataclasses.replace(pruned.zero_shot, num_fewshot=None)
+    names = [row.name for row in line_up(save(tmp_path, dense=dense, pruned=pruned)).rows]
+    assert [name for name in names if name.startswith("zero_shot.boolq")] == [
+        "zero_shot.boolq.acc.25", "zero_shot.boolq.acc.25.mixedshot",
+    ]  # fmt: skip
+
+
 def test_a_metric_that_one_record_reports_and_another_has_besides_is_one_row(tmp_path):
     both = {"acc": 0.5, "acc_norm": 0.55}
     dense = _with_task(record_of("dense"), value=0.5, all=both, stderrs={"acc_norm": 0.03})
@@ -200,6 +238,38 @@ def test_what_was_kept_of_the_dense_model(tmp_path):
     (mean,) = [value for name, value in ratios.items() if name.startswith("zero_shot.mean")]
     assert mean == (pytest.approx(0.85), True)
     assert ratios["num_layers"] == (None, False)
+
+
+def test_each_model_is_held_against_the_dense_model_of_its_own_base(tmp_path):
+    records = {
+        "small": record_of("small", base="models/small", perplexity=20.0),
+        "large": record_of("large", base="models/large", perplexity=10.0),
+        "again": record_of("again", base="models/small", perplexity=21.0),
+        "a": record_of("a", "a", base="models/small", perplexity=30.0),
+        "b": record_of("b", "b", base="models/large", perplexity=30.0),
+        "c": record_of("c", "c", base="models/other", perplexity=30.0),
+    }
+    comparison = line_up(save(tmp_path, **records))
+    ratios = [cell.ratio for cell in row_of(comparison, "perplexity.").cells]
+    assert ratios == [None, None, pytest.approx(1.05), pytest.approx(1.5), pytest.approx(3.0), None]
+    lacking, bases = comparison.warnings
+    assert "(c: made of models/other; dense records are small: models/small; large: models/large; again:" in lacking
+    assert "models of different bases (a: models/small; b: models/large; c: models/other)" in bases
+    # They are ranked all the same.
+    assert marks_of(comparison, "perplexity.") == [None] * 3 + ["best"] * 3
+
+
+def test_the_only_dense_model_may_be_the_wrong_one(tmp_path):
+    paths = save(tmp_path, dense=record_of("dense"), pruned=record_of("pruned", "ab", base="hub/other"))
+    comparison = line_up(paths)
+    assert all(cell.ratio is None for row in comparison.rows for cell in row.cells)
+    (warning,) = comparison.warnings
+    assert "pruned: made of hub/other; dense records are dense: models/dense" in warning
+    right = record_of("dense", base="hub/other")
+    right.model = dataclasses.replace(right.model, source="hub/other")
+    right.save(tmp_path / "dense" / "results.json")
+    comparison = line_up(paths)
+    assert (comparison.warnings, row_of(comparison, "num_parameters").cells[1].ratio) == ([], 0.8)
 
 
 def test_ratios_that_mean_nothing_stay_short():
@@ -261,6 +331,22 @@ def test_perplexity_of_words(tmp_path):
     assert [cell.n for cell in row.cells] == [2900, 2900]
 
 
+@pytest.mark.parametrize("tail", ["drop", "keep"])
+def test_words_of_two_tokenizers_need_the_whole_text(tmp_path, tail):
+    dense, pruned = record_of("dense"), record_of("pruned", "ab")
+    words = {"drop": (2900, 2880), "keep": (2950, 2950)}[tail]
+    for record, tokens, covered in zip((dense, pruned), (4064, 5000), words, strict=True):
+        _with_perplexity(record, tokens=tokens, sha256=str(tokens), tail=tail, words=covered, word_value=70.0)
+    rows = [row for row in line_up(save(tmp_path, dense=dense, pruned=pruned)).rows if row.name.startswith("word")]
+    if tail == "keep":
+        assert [[cell.value for cell in row.cells] for row in rows] == [[70.0, 70.0]]
+        assert rows[0].title == "Word perplexity embedded @ 128 (2,950 words, tail keep)"
+    else:
+        assert [[cell.value for cell in row.cells] for row in rows] == [[70.0, None], [None, 70.0]]
+        reason = "measured with words 2880 (tail: keep would cover the whole text), here 2900"
+        assert rows[0].cells[1].reason == reason
+
+
 def test_drift_from_the_dense_model(tmp_path):
     pruned, other = record_of("pruned", "ab"), record_of("other", "cd")
     pruned.drift = [DriftResult("embedded", 128, "none", 4064, "dense", 0.25, 0.01, 0.8, 0.005, "ff")]
@@ -276,6 +362,68 @@ def test_drift_from_the_dense_model(tmp_path):
     ]
     assert [cell.value for cell in of_another.cells] == [None, None, 0.1]
     assert {row.place for row in comparison.rows if row.quantity == "agreement"} == {"page"}
+    names = {"dense": kl.name, "another": of_another.name}
+    for reference, name in names.items():
+        assert name == f"drift.kl.embedded.128.none.4064.ff.{hashlib.sha256(reference.encode()).hexdigest()[:8]}"
+    header, *lines = csv.reader(csv_text(comparison).splitlines())
+    assert len(set(header)) == len(header)
+    assert [line[header.index(names["dense"])] for line in lines] == ["", "0.25", ""]
+    assert [line[header.index(names["another"])] for line in lines] == ["", "", "0.1"]
+
+
+def test_rows_of_one_name_are_refused(tmp_path, monkeypatch):
+    pruned, other = record_of("pruned", "ab"), record_of("other", "cd")
+    pruned.drift = [DriftResult("embedded", 128, "none", 4064, "dense", 0.25, 0.01, 0.8, 0.005, "ff")]
+    other.drift = [dataclasses.replace(pruned.drift[0], reference="another", kl=0.1)]
+    monkeypatch.setattr("slm_pl.report.protocols.short", lambda text: "same")
+    with pytest.raises(AssertionError):
+        line_up(save(tmp_path, pruned=pruned, other=other))
+
+
+# ---------------------------------------------------------------------------- the reasons that the hooks leave
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_broken_models_reason_is_told_as_the_hooks_wrote_it(pico_dir, tmp_path):
+    class Breaks(Drop):
+        def setup(self, trainer, pl_module, stage):
+            super().setup(trainer, pl_module, stage)
+            with torch.no_grad():
+                pl_module.load_model().model.norm.weight[0] = math.nan
+
+    texts = [EvaluationText(sequence_length=32, max_tokens=128), EvaluationText("wikitext2", 24, stride=8)]
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "test.txt").write_text("pieces of ordinary English prose " * 20)
+    for label, methods in {"dense": [], "whole": [Drop([1])], "broken": [Breaks([1])]}.items():
+        hooks = [Perplexity(texts, local_data=str(tmp_path)), Drift(texts, local_data=str(tmp_path))]
+        trainer = make_trainer(tmp_path / label, *methods, *hooks)
+        trainer.test(make_module(pico_dir), alpaca_data(tmp_path / "data"), verbose=False)
+    path = tmp_path / "broken" / "results.json"
+    broken = Results.load(path)
+    assert (broken.perplexity, broken.drift) == ([], [])
+    paths = [str(tmp_path / label / "results.json") for label in ("dense", "whole", "broken")]
+    comparison = line_up(paths)
+    for corpus, length in (("embedded", 32), ("wikitext2", 24)):
+        for start, reason in (
+            ("perplexity", f"The model's logits on window 0 of '{corpus}' are not finite"),
+            ("word_perplexity", f"The model's logits on window 0 of '{corpus}' are not finite"),
+            ("drift.kl", f"The divergence from {pico_dir} on window 0 of '{corpus}' is not finite"),
+            ("drift.top1_agreement", f"The divergence from {pico_dir} on window 0 of '{corpus}' is not finite"),
+        ):
+            cells = row_of(comparison, f"{start}.{corpus}.{length}").cells
+            assert cells[1].value is not None
+            assert cells[2].value is None
+            assert cells[2].reason.startswith(reason)
+            assert cells[0].reason == ("the dense model itself" if "drift" in start else None)
+    # Nor is it taken for a difference of protocols, where another text of this name was measured.
+    whole = Results.load(paths[1])
+    broken.perplexity = [dataclasses.replace(whole.perplexity[0], sequence_length=16)]
+    broken.drift = [dataclasses.replace(whole.drift[0], sequence_length=16)]
+    broken.save(path)
+    comparison = line_up(paths)
+    for start in ("perplexity", "drift.kl"):
+        assert "not finite" in reasons_of(comparison, f"{start}.embedded.32")[2]
+        assert reasons_of(comparison, f"{start}.embedded.16")[1] == "measured with sequence_length 32, here 16"
 
 
 def test_texts_from_files_are_one_line(tmp_path):

@@ -1,11 +1,15 @@
+import ast
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
+import slm_pl
 from slm_pl.evaluation.drift import DriftResult
 from slm_pl.report.comparison import line_up
 from slm_pl.report.tables import csv_text, json_text, latex, latex_text, markdown
@@ -40,8 +44,9 @@ def test_csv_has_a_line_per_model_and_raw_numbers(tmp_path):
     latency = "efficiency.shortened_llama.1.12.128.latency_s"
     assert (float(line[latency]), float(line[f"{latency}.stdev"]), line[f"{latency}.n"]) == (4.0, 0.1, "20")
     assert line["efficiency.shortened_llama.1.12.128.peak_memory_bytes"] == str(2**30)
-    assert (dense["drift.kl.embedded.128.none.4064"], line["drift.kl.embedded.128.none.4064"]) == ("", "0.25")
-    assert line["drift.top1_agreement.embedded.128.none.4064.stderr"] == "0.005"
+    setting = f"embedded.128.none.4064.{hashlib.sha256(b'dense').hexdigest()[:8]}"
+    assert (dense[f"drift.kl.{setting}"], line[f"drift.kl.{setting}"]) == ("", "0.25")
+    assert line[f"drift.top1_agreement.{setting}.stderr"] == "0.005"
 
 
 def test_details_are_only_where_there_is_room(tmp_path):
@@ -106,6 +111,49 @@ def test_latex_table_is_well_formed(tmp_path, count):
     assert re.search(r"(?<!\\)_", text) is None
     assert r"50 \% of the data \& more" in text
     assert (r"m\_0 & 24 & 80 (80.0 \%)" in text) == (count == 6)
+
+
+def test_readme_table_fits_its_page(tmp_path):
+    """The shape of the quickstart: three models, long figures, and nothing in a cell that is not needed."""
+    records = {
+        "dense": record_of("dense", perplexity=24.07),
+        "pruned": record_of("pruned", "ab", perplexity=123.6, accuracy=0.4),
+        "recovered": record_of("recovered", "ab", perplexity=50.38, latency=3.2),
+    }
+    for record, parameters in zip(records.values(), (134_515_008, 113_275_008, 113_275_008), strict=True):
+        record.model = dataclasses.replace(record.model, num_parameters=parameters)
+    lines = [line for line in markdown(line_up(save(tmp_path, **records)), {}).splitlines() if line.startswith("| ")]
+    assert "| Parameters | 134.5 M | 113.3 M (84.2 %) | 113.3 M (84.2 %) |" in lines
+    perplexity = "| 24.07 ± 0.50 | 123.60 ± 0.50 (5.14×) | **50.38 ± 0.50 (2.09×)** |"
+    assert f"| Perplexity embedded @ 128 (4,064 tokens) {perplexity}" in lines
+    assert "| boolq, acc (n = 25) | 60.0 ± 2.0 % | 40.0 ± 2.0 % | **60.0 ± 2.0 %** |" in lines
+    assert max(map(len, lines)) <= 112
+
+
+def test_dense_models_stand_apart_and_are_named(tmp_path):
+    records = {f"d{number}": record_of(f"d{number}", base=f"models/d{number}") for number in range(2)}
+    for number in range(4):
+        name = f"m{number}"
+        records[name] = record_of(name, name, base=f"models/d{number % 2}", accuracy=0.5)
+    comparison = line_up(save(tmp_path, **records))
+    lines = latex(comparison).splitlines()
+    rule = next(index for index, line in enumerate(lines) if line.startswith("d1 &")) + 1
+    assert lines[rule] == r"\midrule"
+    assert lines[rule + 1].startswith("m0 &")
+    assert "Ratios are against the dense model of the same base." in markdown(comparison, {})
+    data = json.loads(json_text(comparison))
+    assert [model["baseline"] for model in data["models"]] == [None, None, "d0", "d1", "d0", "d1"]
+
+
+def test_latex_sets_every_letter_of_our_own_texts():
+    root = Path(slm_pl.__file__).parents[1]
+    letters = set()
+    for path in [*root.glob("slm_pl/**/*.py"), *root.glob("callbacks/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                letters |= {char for char in node.value if not char.isascii()}
+    assert {"×", "±", "≈", "→", "←", "√", "–", "Σ", "θ"} <= letters
+    assert {char for char in letters | set("“”‘’—·−αβγδελμπρστφω") if "?" in latex_text(char)} == {"\ufffd"}
 
 
 def test_latex_escapes_every_special_character():

@@ -1,5 +1,6 @@
 import base64
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -84,6 +85,7 @@ def test_titles_tell_what_the_table_does_not(tmp_path):
     assert shares + "51.0 ± 2.0 %<small>85.0 %</small>" in text  # the mean
     assert shares + "51.0 ± 2.0 %</td>" in text  # the task
     assert "Word perplexity embedded @ 128" in text
+    assert text.count("Perplexity of a word compares models of different tokenizers only where") == 1
     assert "acc_norm" not in text
 
 
@@ -123,13 +125,37 @@ document.body.append(result);
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="neither chromium, chromium-browser nor google-chrome is installed")
+def _browser():
+    """The browser's path; without one the test is skipped, or fails where a browser has to be."""
+    if CHROMIUM is None:
+        told = "neither chromium, chromium-browser nor google-chrome is installed"
+        if os.environ.get("SLM_PL_NEEDS_BROWSER") == "1":
+            pytest.fail(f"SLM_PL_NEEDS_BROWSER is 1, but {told}")
+        pytest.skip(told)
+    return CHROMIUM
+
+
+def test_where_a_browser_has_to_be_its_absence_is_a_failure(monkeypatch):
+    monkeypatch.setitem(globals(), "CHROMIUM", None)
+    monkeypatch.setenv("SLM_PL_NEEDS_BROWSER", "1")
+    # Either is caught: a skip that nobody catches would skip this test too.
+    outcomes = (pytest.fail.Exception, pytest.skip.Exception)
+    with pytest.raises(outcomes, match="SLM_PL_NEEDS_BROWSER is 1, but neither chromium") as raised:
+        _browser()
+    assert raised.type is pytest.fail.Exception
+    monkeypatch.setenv("SLM_PL_NEEDS_BROWSER", "0")
+    with pytest.raises(outcomes, match="neither chromium") as raised:
+        _browser()
+    assert raised.type is pytest.skip.Exception
+
+
 def test_a_click_sorts_and_the_next_reverses(tmp_path):
+    browser = _browser()
     text = page(line_up(save(tmp_path, **_records())), {})
     (tmp_path / "clicked.html").write_text(text.replace("</body>", f"{_CLICKS}</body>"))
     done = subprocess.run(
         [
-            CHROMIUM,
+            browser,
             "--headless",
             "--no-sandbox",
             "--disable-gpu",
