@@ -156,10 +156,19 @@ def sweep_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="main.py sweep",
         description="Compresses one model with several methods to several sizes with several seeds, measures and "
-        "compares. What is finished stays; the same command does what is missing. configs/sweeps/ has examples.",
+        "compares. What is finished stays; the same command does what is missing. What was finished with another "
+        "program, other versions of torch, transformers, lm_eval or peft, another config, or other content of the "
+        "files and directories that it names is not replaced without --overwrite. Not seen are changes of models and "
+        "data on the hub, of Python modules of your own, and of files that other files name. configs/sweeps/ has "
+        "examples.",
     )
     parser.add_argument("--config", action=SweepFile, help="The sweep as YAML; its parts are paths relative to it.")
-    parser.add_argument("--overwrite", action="store_true", help="Also do what is finished again.")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Also do what is finished again, and replace what was finished with other settings; an export whose own "
+        "settings are the same is then measured as it is. To go on after an interruption, leave this out.",
+    )
     parser.add_argument("--dry_run", action="store_true", help="Print what would be done, and stop.")
     parser.add_class_arguments(SweepConfig)
     return parser

@@ -2,9 +2,9 @@
 
 One record per evaluated model: its identity, the environment, every figure with its protocol. A figure that could not
 be measured is absent, and ``missing`` holds the reason under the figure's place, for example
-``efficiency[0].peak_memory_bytes``; it is never zero and never a non-finite number. A text that a hook could not measure
-has the key ``perplexity <corpus> @ <sequence_length>`` or ``drift <corpus> @ <sequence_length>``, a whole part that is
-absent its name, ``drift``.
+``efficiency[0].peak_memory_bytes``; it is never zero and never a non-finite number. A text that a hook could not
+measure has the key ``perplexity <corpus> @ <sequence_length>`` or ``drift <corpus> @ <sequence_length>``, a whole part
+that is absent its name, ``drift``.
 """
 
 import dataclasses

@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from slm_pl.sweep.cells import Cell, size_text
-from slm_pl.sweep.record import Record, steps_to_do
+from slm_pl.sweep.record import Record, export_is_gone, replaced, steps_to_do
 from slm_pl.sweep.summary import NOTE, Summary, table_of
+
+_NAMES = (0, 1, 2)  # of a line: method, size and seeds; they stand in every table
 
 
 class Board:
@@ -63,33 +65,52 @@ def board(total: int) -> Iterator[Board]:
         yield Board(bar, total)
 
 
-def print_plan(cells: Sequence[Cell], fresh: bool) -> None:
+def print_plan(cells: Sequence[Cell], overwrite: bool) -> None:
     """The table of ``--dry_run``."""
     table = Table(title="What this sweep would do")
     for head in ("Cell", "Method", "Size", "Seed", "Runs"):
         table.add_column(head)
     for cell in cells:
-        todo = cell.steps if fresh else steps_to_do(cell)
-        runs = ", ".join(step.command for step in todo) or "nothing: it is finished"
+        runs = _runs(cell, overwrite)
         size = "–" if cell.ratio is None else size_text(cell.ratio)
         table.add_row(*(Text(text) for text in (cell.name, cell.method or "dense", size, str(cell.seed), runs)))
     _wide_enough(table).print(table)
 
 
+def _runs(cell: Cell, overwrite: bool) -> str:
+    todo = ", ".join(step.command for step in steps_to_do(cell, overwrite)) or "nothing: it is finished"
+    made_with = replaced(cell)
+    if made_with is not None and overwrite:
+        return f"{todo}; replaces a cell made with {made_with}"
+    if made_with is not None:
+        return f"refused without --overwrite: finished with {made_with}"
+    return f"{todo} (export is gone)" if export_is_gone(cell) else todo
+
+
 def print_summary(summary: Summary, directory: Path) -> None:
-    """The main table."""
+    """The main table; in a narrow terminal, several below each other."""
     heads, lines = table_of(summary)
-    table = Table(title="Sweep")
-    for index, head in enumerate(heads):
-        table.add_column(
-            Text("\n".join(textwrap.wrap(head, 16, break_long_words=False))), justify="right" if index else "left"
-        )
-    for before, line, cells in zip([None, *summary.lines], summary.lines, lines, strict=False):
-        if before is not None and before.method != line.method:
-            table.add_section()
-        table.add_row(*map(Text, cells))
-    console = _wide_enough(table)
-    console.print(table)
+
+    def table_with(columns: list[int]) -> Table:
+        table = Table(title="Sweep")
+        for index in (*_NAMES, *columns):
+            head = "\n".join(textwrap.wrap(heads[index], 16, break_long_words=False))
+            table.add_column(Text(head), justify="right" if index else "left", no_wrap=index not in _NAMES)
+        for before, line, cells in zip([None, *summary.lines], summary.lines, lines, strict=False):
+            if before is not None and before.method != line.method:
+                table.add_section()
+            table.add_row(*(Text(cells[index]) for index in (*_NAMES, *columns)))
+        return table
+
+    left = list(range(len(_NAMES), len(heads)))
+    console = _wide_enough(table_with(left))
+    while left:
+        fitting = len(left)
+        # Numbers are not folded; one column stands in any case.
+        while fitting > 1 and _width(console, table_with(left[:fitting])) > console.width:
+            fitting -= 1
+        console.print(table_with(left[:fitting]))
+        left = left[fitting:]
     if any(len(line.seeds) > 1 for line in summary.lines):
         console.print(NOTE, soft_wrap=True)
     console.print(Text(f"Written: {directory}/sweep.md, sweep.csv, sweep.json"), soft_wrap=True)
@@ -106,7 +127,10 @@ def print_failures(failed: Sequence[tuple[Cell, Record | None]]) -> None:
         table.add_row(Text(cell.label), Text(why), Text(str(cell.directory / "log.txt")))
     console = _wide_enough(table)
     console.print(table)
-    console.print("Mend the cause, then run the same command again: it does only what is missing.", soft_wrap=True)
+    console.print(
+        "Mend the cause, then run the same command again, without --overwrite: it does only what is missing.",
+        soft_wrap=True,
+    )
 
 
 def _wide_enough(table: Table) -> Console:
@@ -114,5 +138,8 @@ def _wide_enough(table: Table) -> Console:
     console = Console()
     if console.is_terminal:
         return console
-    width = console.measure(table, options=console.options.update(width=10_000)).maximum
-    return Console(width=max(80, width))
+    return Console(width=max(80, _width(console, table)))
+
+
+def _width(console: Console, table: Table) -> int:
+    return console.measure(table, options=console.options.update(width=10_000)).maximum

@@ -1,15 +1,14 @@
 """The cells of a sweep: for each the two configs that it takes, and what tells whether they are done."""
 
-import hashlib
-import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import slm_pl
 from slm_pl.errors import UsageError
 from slm_pl.sweep.config import SweepConfig
+from slm_pl.sweep.identity import Parts, digest, parts_of
 from slm_pl.sweep.parts import Section, merge
 
 _DATA = "slm_pl.data.AlpacaDataModule"
@@ -25,13 +24,15 @@ class Step:
         name: ``compress`` or ``measure``.
         command: The subcommand.
         config: What it is run with.
-        hash: Of the config, wherever its files are, of the program's version, and of the step before it.
+        hash: Of the parts, and of the step before it.
+        parts: What decides its figures, wherever the sweep's own files are.
     """
 
     name: Literal["compress", "measure"]
     command: Literal["fit", "prune", "test"]
     config: Section
     hash: str
+    parts: Parts
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,11 @@ def _dense_cell(config: SweepConfig) -> Cell:
         return [("test", _run(config, seed, {**config.model, "label": label}, directory, config.measure))]
 
     directory = Path(config.output_dir) / "dense"
-    return Cell(
-        directory, "dense", None, None, seed, False, _hashed(steps(directory, "dense"), steps(_NOWHERE, None)), True
-    )
+    ((command, anywhere),) = steps(_NOWHERE, None)
+    # Its figures do not depend on either: with more seeds, it stays what it was.
+    del anywhere["seed_everything"], anywhere["data"]["init_args"]["calibration"]
+    made = _hashed(steps(directory, "dense"), [(command, anywhere)])
+    return Cell(directory, "dense", None, None, seed, False, made, True)
 
 
 def _cell(config: SweepConfig, method: str, ratio: float, seed: int) -> Cell:
@@ -120,14 +123,16 @@ def _cell(config: SweepConfig, method: str, ratio: float, seed: int) -> Cell:
     label = f"{method} {size_text(ratio)}"
     if len(config.seeds) > 1:
         label += f", seed {seed}"
+    name = f"{method}_{ratio:.6g}_s{seed}"
     if recovery is not None:
         label += ", recovered"
-    directory = Path(config.output_dir) / f"{method}_{ratio:.6g}_s{seed}"
+        name += "_recovered"
+    directory = Path(config.output_dir) / name
     made = _hashed(steps(directory, label), steps(_NOWHERE, None))
     return Cell(directory, label, method, ratio, seed, recovery is not None, made, config.keep_exports)
 
 
-_NOWHERE = Path("cell")
+_NOWHERE = Path(os.devnull) / "cell"  # there can be no file of this name
 
 
 def _run(config: SweepConfig, seed: int, model: Section, directory: Path, callbacks: list[Section]) -> Section:
@@ -148,12 +153,12 @@ def _run(config: SweepConfig, seed: int, model: Section, directory: Path, callba
 def _hashed(runs: Iterable[tuple[str, Section]], anywhere: Iterable[tuple[str, Section]]) -> tuple[Step, ...]:
     """Steps of these runs, with the hashes of the same runs as they would be in another place with another label."""
     steps: list[Step] = []
-    before = slm_pl.__version__
+    before = ""
     for (command, config), (_, hashed) in zip(runs, anywhere, strict=True):
-        text = json.dumps([before, command, hashed], sort_keys=True, allow_nan=False)
-        before = hashlib.sha256(text.encode()).hexdigest()
+        parts = parts_of(command, hashed)
+        before = digest([before, parts])
         name: Literal["compress", "measure"] = "measure" if command == "test" else "compress"
-        steps.append(Step(name, command, config, before))  # type: ignore[arg-type]
+        steps.append(Step(name, command, config, before, parts))  # type: ignore[arg-type]
     return tuple(steps)
 
 

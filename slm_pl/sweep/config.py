@@ -49,7 +49,8 @@ class Jobs:
             is.
         parameters: Of submitit, such as ``timeout_min``, ``gpus_per_node``, ``mem_gb`` and ``slurm_partition``. A job
             is one task on one node; for several devices Lightning starts the processes.
-        at_once: How many jobs may run at the same time.
+        at_once: How many jobs may run at the same time. Of slurm this is the limit of the job array; other clusters
+            get the cells in groups of at_once, and the next group when all jobs of the one before have ended.
     """
 
     cluster: Literal["slurm", "local", "debug"] | None = None

@@ -11,17 +11,18 @@ from slm_pl.errors import UsageError
 from slm_pl.sweep.board import Board
 from slm_pl.sweep.cells import Cell
 from slm_pl.sweep.config import Jobs
-from slm_pl.sweep.record import Record
+from slm_pl.sweep.record import Record, prepare
 from slm_pl.sweep.work import ProcessRunner, Runner, do_cell
 
 _POLL_S = 2.0
 _DEFAULTS: dict[str, Any] = {"name": "slm_pl", "timeout_min": 24 * 60}  # submitit's own are five minutes
 
 
-def run_here(cells: Sequence[Cell], fresh: bool, run: Runner, shown: Board) -> None:
+def run_here(cells: Sequence[Cell], overwrite: bool, run: Runner, shown: Board) -> None:
     """Does one cell after another."""
+    _prepare(cells, overwrite)
     for cell in cells:
-        record = do_cell(cell, fresh, run, lambda step, cell=cell: shown.show(f"{cell.label}: {step}"))  # type: ignore[misc]
+        record = do_cell(cell, run, lambda step, cell=cell: shown.show(f"{cell.label}: {step}"))  # type: ignore[misc]
         shown.end(cell, record)
 
 
@@ -31,15 +32,13 @@ class CellJob:
 
     Args:
         run: How to run a command.
-        fresh: From the beginning, whatever there is.
     """
 
     run: Runner = ProcessRunner()
-    fresh: bool = False
 
     def __call__(self, cell: Cell) -> str:
         """Does the cell; returns its status."""
-        return do_cell(cell, self.fresh, self.run).status
+        return do_cell(cell, self.run).status
 
     def checkpoint(self, cell: Cell) -> object:
         """Called by submitit in a job whose time is over, or that has to make room: it goes on in another."""
@@ -48,12 +47,12 @@ class CellJob:
         return DelayedSubmission(CellJob(self.run), cell)
 
 
-def run_as_jobs(cells: Sequence[Cell], fresh: bool, run: Runner, shown: Board, jobs: Jobs, folder: Path) -> None:
+def run_as_jobs(cells: Sequence[Cell], overwrite: bool, run: Runner, shown: Board, jobs: Jobs, folder: Path) -> None:
     """Submits a job for each cell and waits for all of them.
 
     Args:
         cells: What to do.
-        fresh: From the beginning, whatever there is.
+        overwrite: As for :func:`~slm_pl.sweep.record.prepare`.
         run: How a job runs a command.
         shown: Told of what ends.
         jobs: How to submit.
@@ -63,11 +62,12 @@ def run_as_jobs(cells: Sequence[Cell], fresh: bool, run: Runner, shown: Board, j
         UsageError: If submitit is missing or refuses its parameters.
     """
     executor = _executor(jobs, folder)
+    _prepare(cells, overwrite)
     # A cluster keeps the number in an array down by itself.
     size = len(cells) if executor.cluster == "slurm" else jobs.at_once
     for first in range(0, len(cells), size):
         some = list(cells[first : first + size])
-        pending = list(zip(some, executor.map_array(CellJob(run, fresh), some), strict=True))
+        pending = list(zip(some, executor.map_array(CellJob(run), some), strict=True))
         try:
             while pending:
                 pending = [(cell, job) for cell, job in pending if not _ended(cell, job, shown)]
@@ -79,6 +79,13 @@ def run_as_jobs(cells: Sequence[Cell], fresh: bool, run: Runner, shown: Board, j
                 with contextlib.suppress(Exception):
                     job.cancel()
             raise
+
+
+def _prepare(cells: Sequence[Cell], overwrite: bool) -> None:
+    # All before the first: a job that is killed leaves no older record that says it was finished, and what has been
+    # replaced when a sweep is interrupted stays without another --overwrite.
+    for cell in cells:
+        prepare(cell, overwrite)
 
 
 def _executor(jobs: Jobs, folder: Path) -> Any:
@@ -106,7 +113,7 @@ def _ended(cell: Cell, job: Any, shown: Board) -> bool:
         return False
     error = job.exception()
     record = Record.load(cell)
-    if record is None or record.hash != cell.hash or record.status in ("running", "interrupted"):
+    if record is None or record.hash != cell.hash or record.status in ("waiting", "running", "interrupted"):
         text = f"job {job.job_id} ended with {type(error).__name__}: {error}" if error else f"job {job.job_id} was lost"
         steps = {} if record is None else record.steps
         record = Record(cell.hash, "failed", cell.label, error=f"{text.strip()} (see {job.paths.stderr})", steps=steps)

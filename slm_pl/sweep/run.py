@@ -19,7 +19,8 @@ from slm_pl.sweep.board import board, print_failures, print_plan, print_summary
 from slm_pl.sweep.cells import Cell, plan_cells
 from slm_pl.sweep.config import SweepConfig
 from slm_pl.sweep.engines import run_as_jobs, run_here
-from slm_pl.sweep.record import Record, is_finished, relabel, results_of, steps_to_do
+from slm_pl.sweep.lock import locked
+from slm_pl.sweep.record import Record, is_finished, relabel, replaced, results_of, steps_to_do
 from slm_pl.sweep.summary import summarise, write_summary
 from slm_pl.sweep.work import ProcessRunner, Runner, config_file, write_config
 
@@ -38,7 +39,7 @@ def sweep(
 
     Args:
         config: What to do.
-        overwrite: Also do what is finished again, from the beginning.
+        overwrite: Also do what is finished again, and replace what is finished with other settings.
         dry_run: Only print what would be done.
         check: Tells a config that a subcommand does not take, before anything runs.
         run: How to run a command.
@@ -52,16 +53,23 @@ def sweep(
     cells = plan_cells(config)
     if not cells:
         raise UsageError("This sweep has no cells: methods is empty and dense is false. Give one or the other.")
-    todo = [cell for cell in cells if overwrite or not is_finished(cell)]
     if check is not None:
-        _check_configs(todo, check)
+        _check_configs(cells, overwrite, check)
     if dry_run:
         print_plan(cells, overwrite)
         return 0
+    with _ending_with_its_processes(), locked(Path(config.output_dir)):
+        return _do(config, cells, overwrite, run)
+
+
+def _do(config: SweepConfig, cells: Sequence[Cell], overwrite: bool, run: Runner) -> int:
     output_dir = Path(config.output_dir)
+    if not overwrite:
+        _refuse_to_replace(cells, output_dir)
+    todo = [cell for cell in cells if steps_to_do(cell, overwrite)]
     text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True)
     files.write_text(output_dir / "config_sweep.yaml", text)
-    with board(len(cells)) as shown, _ending_with_its_processes():
+    with board(len(cells)) as shown:
         for cell in cells:
             if cell not in todo:
                 relabel(cell)
@@ -82,12 +90,26 @@ def sweep(
     return len(failed)
 
 
-def _check_configs(cells: Sequence[Cell], check: Check) -> None:
+def _refuse_to_replace(cells: Sequence[Cell], output_dir: Path) -> None:
+    others: dict[str, list[str]] = {}
+    for cell in cells:
+        made_with = replaced(cell)
+        if made_with is not None:
+            others.setdefault(made_with, []).append(cell.name)
+    if others:
+        found = "; ".join(f"{', '.join(names)} made with {what}" for what, names in others.items())
+        raise UsageError(
+            f"{output_dir} has finished cells whose figures this sweep would replace: {found}. Pass --overwrite to "
+            "replace them, or give another output_dir."
+        )
+
+
+def _check_configs(cells: Sequence[Cell], overwrite: bool, check: Check) -> None:
     """Checks one config of each method and of the measurements; sizes and seeds make no difference."""
     seen = set()
     with tempfile.TemporaryDirectory(prefix="sweep_") as directory:
         for cell in cells:
-            for step in steps_to_do(cell) or cell.steps:
+            for step in steps_to_do(cell, overwrite):
                 kind = (step.name, cell.method if step.name == "compress" else None)
                 if kind in seen:
                     continue

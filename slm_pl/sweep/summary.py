@@ -124,7 +124,7 @@ def table_of(summary: Summary) -> tuple[list[str], list[list[str]]]:
     for line in summary.lines:
         name = line.method + (", recovered" if line.recovered else "")
         size = "–" if line.ratio is None else size_text(line.ratio)
-        figures = [_text(line.figures[row.name], row.quantity) for row in main]
+        figures = [_text(line, line.figures[row.name], row.quantity) for row in main]
         lines.append([name, size, _seeds_text(line), *figures])
     return ["Method", "Removed", "Seeds", *(row.title for row in main)], lines
 
@@ -134,11 +134,14 @@ def _seeds_text(line: Line) -> str:
     return f"{len(line.seeds)} of {whole}" if line.failed else str(whole)
 
 
-def _text(figure: Figure, quantity: "Quantity") -> str:
+def _text(line: Line, figure: Figure, quantity: "Quantity") -> str:
     if figure.mean is None:
         return "–"
     text = number_text(figure.mean, quantity)
-    return text if figure.stdev is None else f"{text} ± {number_text(figure.stdev, quantity)}"
+    if figure.stdev is not None:
+        text += f" ± {number_text(figure.stdev, quantity)}"
+    # Of seeds that failed, the column of the seeds tells.
+    return text if figure.n == len(line.seeds) else f"{text} ({figure.n} of {len(line.seeds) + len(line.failed)})"
 
 
 def _markdown(summary: Summary) -> str:
@@ -157,16 +160,19 @@ def _markdown(summary: Summary) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-NOTE = "Figures are the mean over the seeds ± the standard deviation over them."
+NOTE = (
+    "Figures are the mean over the seeds that finished ± the standard deviation over them; `(2 of 3)` behind a figure: "
+    "it is of two of three seeds, the others have none."
+)
 
 
 def _csv(summary: Summary) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = [name for row in summary.rows for name in (row.name, f"{row.name}.stdev")]
+    names = [name for row in summary.rows for name in (row.name, f"{row.name}.stdev", f"{row.name}.n")]
     writer.writerow(["method", "ratio", "recovered", "seeds", "failed", *names])
     for line in summary.lines:
         figures = [line.figures[row.name] for row in summary.rows]
-        numbers = [number for figure in figures for number in (figure.mean, figure.stdev)]
+        numbers = [number for figure in figures for number in (figure.mean, figure.stdev, figure.n)]
         writer.writerow([line.method, line.ratio, line.recovered, len(line.seeds), len(line.failed), *numbers])
     return out.getvalue()

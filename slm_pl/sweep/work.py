@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -18,7 +18,7 @@ from slm_pl import files
 from slm_pl.errors import UsageError
 from slm_pl.results import Results
 from slm_pl.sweep.cells import Cell, Step
-from slm_pl.sweep.record import Record, StepRecord, results_of, steps_to_do, was_begun
+from slm_pl.sweep.record import Record, begun_steps, results_of, steps_to_do, was_begun
 
 PROGRAM = (sys.executable, "-m", "slm_pl")
 _PATIENCE_S = 60  # to end an optimizer step and write a checkpoint
@@ -50,24 +50,20 @@ class _Plain(yaml.SafeDumper):
         return True
 
 
-def do_cell(cell: Cell, fresh: bool, run: Runner, begin: Callable[[str], None] = lambda step: None) -> Record:
+def do_cell(cell: Cell, run: Runner, begin: Callable[[str], None] = lambda step: None) -> Record:
     """Does what is left of a cell.
 
     Args:
         cell: Which.
-        fresh: From the beginning, whatever there is.
         run: How to run a command.
         begin: Told the name of each step.
 
     Returns:
         Its record, which is also in the cell's directory. What fails is in there, and not raised.
     """
-    earlier = None if fresh else Record.load(cell)
-    todo = list(cell.steps) if fresh else steps_to_do(cell)
-    kept: dict[str, StepRecord] = (
-        {} if earlier is None else {s.name: earlier.steps[s.name] for s in cell.steps if was_begun(earlier, s)}
-    )
-    record = Record(cell.hash, "running", cell.label, steps=kept)
+    earlier = Record.load(cell)
+    todo = steps_to_do(cell)
+    record = Record(cell.hash, "running", cell.label, steps=begun_steps(cell))
     try:
         record.save(cell)
         for step in todo:
@@ -134,26 +130,43 @@ class ProcessRunner:
         with log.open("ab") as out:
             out.write(f"$ {' '.join(arguments)}\n".encode())
             out.flush()
-            # In a session of its own: Ctrl-C reaches it once, from here.
-            process = subprocess.Popen(  # noqa: S603 - the user's own config
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=_environment(),
-                start_new_session=True,
-            )
+            process = None
             try:
+                # In a session of its own: Ctrl-C reaches it once, from here.
+                with _blocked(signal.SIGUSR2):
+                    process = subprocess.Popen(  # noqa: S603 - the user's own config
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        env=_environment(),
+                        start_new_session=True,
+                    )
                 status = process.wait()
             except BaseException:
-                process.terminate()  # a fit then writes a checkpoint to go on from
-                with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit):
-                    process.wait(_PATIENCE_S)
-                _end_all(process)
+                if process is not None:
+                    process.terminate()  # a fit then writes a checkpoint to go on from
+                    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit):
+                        process.wait(_PATIENCE_S)
+                    _end_all(process)
                 raise
             if status:
                 _end_all(process)  # other ranks may still wait for the one that failed
             return status
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Keeps a signal from the processes that are started within, for good; from this one only until the end.
+
+    Before the time of a job is over, SLURM sends it to every process of the job, and submitit asks for it: it is for
+    the process that waits here, and would kill the others.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_all(process: "subprocess.Popen[bytes]") -> None:

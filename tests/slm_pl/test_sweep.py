@@ -1,10 +1,13 @@
 """Sweeps: what there is to do, what is left of it, what fails, and the table."""
 
+import contextlib
 import csv
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from rich.console import Console
 
 import callbacks
 from slm_pl.cli import check_run, main, sweep_parser
@@ -22,11 +26,12 @@ from slm_pl.errors import UsageError
 from slm_pl.report.rows import Cell as Figure
 from slm_pl.report.rows import Row
 from slm_pl.results import Environment, ModelIdentity, Results
-from slm_pl.sweep import parts, work
+from slm_pl.sweep import board, engines, identity, parts, work
 from slm_pl.sweep.cells import Cell, plan_cells
 from slm_pl.sweep.config import Jobs, Recovery, SweepConfig
 from slm_pl.sweep.engines import CellJob
-from slm_pl.sweep.record import Record, is_finished, steps_to_do
+from slm_pl.sweep.lock import locked
+from slm_pl.sweep.record import Record, is_finished, prepare, steps_to_do
 from slm_pl.sweep.run import sweep
 from slm_pl.sweep.summary import summarise, write_summary
 from slm_pl.sweep.work import ProcessRunner, do_cell
@@ -215,8 +220,86 @@ def test_hash_is_of_what_decides_the_result(monkeypatch):
     measured = one(measure=[HOOK, {"class_path": "callbacks.Efficiency"}])
     assert measured.hash != cell.hash
     assert measured.steps[0].hash == cell.steps[0].hash  # the export stays what it was
-    monkeypatch.setattr("slm_pl.__version__", "999")
-    assert one().hash != cell.hash
+    with monkeypatch.context() as patch:
+        patch.setattr("slm_pl.__version__", "999")
+        assert one().hash != cell.hash
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "sources", lambda: "0" * 64)
+        assert one().hash != cell.hash
+    for package in ("torch", "transformers", "lm_eval", "peft"):
+        version = importlib.metadata.version
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.metadata, "version", lambda n, p=package, v=version: "999" if n == p else v(n))
+            assert one().hash != cell.hash, package
+    assert one().hash == cell.hash
+
+
+def test_hash_is_of_the_programs_own_sources(tmp_path):
+    package = tmp_path / "package"
+    (package / "deep").mkdir(parents=True)
+    (package / "a.py").write_text("x = 1\n")
+    (package / "deep" / "b.py").write_text("y = 1\n")
+    before = identity.sources_of([package])
+    (package / "notes.txt").write_text("no code")
+    assert identity.sources_of([package]) == before
+    (package / "deep" / "b.py").write_text("y = 2\n")
+    changed = identity.sources_of([package])
+    (package / "deep" / "b.py").rename(package / "b.py")
+    assert len({before, changed, identity.sources_of([package])}) == 3
+    assert identity.sources() == identity.sources_of([ROOT / "slm_pl", ROOT / "callbacks"])
+
+
+def test_hash_is_of_the_files_that_the_config_names(tmp_path, monkeypatch):
+    model, text, tasks, rows = (tmp_path / name for name in ("model", "text.txt", "tasks", "rows.json"))
+    for path in (model / "weights", model / "cache" / "x", text, tasks / "boolq" / "test.jsonl", rows):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("as it was")
+
+    def cells() -> tuple[Cell, Cell]:
+        dense, cell, *_ = plan_cells(
+            settings(
+                model={"pretrained": str(model)},
+                data={"path": str(rows), "calibration": {"source": str(text)}},
+                measure=[{"class_path": "callbacks.ZeroShot", "init_args": {"local_data": str(tasks)}}],
+            )
+        )
+        return dense, cell
+
+    def changes(path: Path) -> list[str]:
+        """Which of the steps are others after another text of the same size."""
+        before = [step.hash for cell in cells() for step in cell.steps]
+        path.write_text("as it is.")
+        after = [step for cell in cells() for step in cell.steps]
+        return [step.command for step, old in zip(after, before, strict=True) if step.hash != old]
+
+    assert changes(model / "weights") == ["test", "prune", "test"]
+    assert changes(text) == ["prune", "test"]  # the dense model's figures are of no calibration text
+    assert changes(rows) == ["test", "prune", "test"]
+    assert changes(tasks / "boolq" / "test.jsonl") == ["test", "test"]
+    assert changes(model / "cache" / "x") == []
+    # Big files are known by size and time: the content is not read.
+    monkeypatch.setattr(identity, "_BIG", 1)
+    hashes = [cell.hash for cell in cells()]
+    old = (model / "weights").stat()
+    (model / "weights").write_text("it is not")
+    os.utime(model / "weights", ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert [cell.hash for cell in cells()] == hashes
+    os.utime(model / "weights", ns=(old.st_atime_ns, old.st_mtime_ns + 1))
+    assert all(new.hash != old for new, old in zip(cells(), hashes, strict=True))
+
+
+def test_dense_cell_is_the_same_with_other_seeds_and_calibration():
+    def dense(**changes: object) -> Cell:
+        return plan_cells(settings(**changes))[0]
+
+    data = settings().data
+    text = {"path": "embedded", "calibration": {"source": "embedded", "samples": 9}}
+    assert {dense(seeds=[7]).hash, dense(seeds=[7, 1234]).hash, dense(data=text).hash} == {dense().hash}
+    assert dense(data={**data, "path": "another"}).hash != dense().hash
+    # What it is run with has both.
+    (step,) = dense(seeds=[7]).steps
+    assert step.config["seed_everything"] == step.config["data"]["init_args"]["calibration"]["seed"] == 7
+    assert one(seeds=[7]).hash != one().hash != one(data=text).hash
 
 
 # The configuration
@@ -355,13 +438,16 @@ def test_shipped_sweep_makes_configs_that_the_command_line_takes(path, tmp_path)
     assert config.config_version == yaml.safe_load(path.read_text())["config_version"]  # written down
     cells = plan_cells(config)
     assert len(cells) == 1 + len(config.methods) * len(config.ratios) * len(config.seeds)
+    measured = 0
     for cell in cells:
         if cell.ratio not in (None, config.ratios[0]):
             continue
         for step in cell.steps:
             made = tmp_path / f"{cell.name}_{step.name}.yaml"
             work.write_config(made, step)
-            check_run(step.command, str(made))
+            measured += step.name == "measure"
+            if step.name == "compress" or measured == 1:  # the others measure the same
+                check_run(step.command, str(made))
             assert yaml.safe_load(made.read_text()) == step.config
             for callback in step.config["trainer"]["callbacks"]:
                 module, _, name = callback["class_path"].rpartition(".")
@@ -402,7 +488,7 @@ def test_second_sweep_does_nothing_and_a_changed_one_what_has_changed(tmp_path, 
     # Other hooks: the exports are measured as they are.
     measured = Machine()
     changes = {"measure": [HOOK, {"class_path": "callbacks.Efficiency"}]}
-    assert sweep(settings(tmp_path, **changes), run=measured) == 0
+    assert sweep(settings(tmp_path, **changes), overwrite=True, run=measured) == 0
     assert measured.commands == [("test", "dense"), *(("test", name) for name in names)]
     # Another seed: that one only, and the labels say which is which.
     seeded = Machine()
@@ -416,7 +502,7 @@ def test_second_sweep_does_nothing_and_a_changed_one_what_has_changed(tmp_path, 
     # Another method under the old name: both steps. And all, where that is asked for.
     other = Machine()
     flap = {"flap": {"class_path": "callbacks.FLAP", "init_args": {"metric": "IFV"}}}
-    assert sweep(settings(tmp_path, **changes, methods=flap, ratios=[0.2]), run=other) == 0
+    assert sweep(settings(tmp_path, **changes, methods=flap, ratios=[0.2], dense=False), overwrite=True, run=other) == 0
     assert other.commands == [("prune", names[0]), ("test", names[0])]
     everything = Machine()
     sweep(settings(tmp_path, **changes, methods=flap, ratios=[0.2]), overwrite=True, run=everything)
@@ -469,9 +555,143 @@ def test_fit_goes_on_with_its_own_checkpoints_only(tmp_path):
 
     cell = one(tmp_path, recovery=Recovery())
     other = one(tmp_path, recovery=Recovery(), model={"pretrained": "another/model"})
-    for which, fresh in ((cell, False), (cell, False), (other, False), (other, False), (other, True)):
-        assert do_cell(which, fresh, fit).status == "failed"
+    for which, overwrite in ((cell, False), (cell, False), (other, False), (other, False), (other, True)):
+        prepare(which, overwrite)
+        assert do_cell(which, fit).status == "failed"
     assert found == [False, True, False, True, False]
+
+
+def test_finished_cells_of_other_settings_are_not_replaced_unasked(tmp_path, monkeypatch, capsys):
+    flap = {"flap": {"class_path": "callbacks.FLAP"}}
+    base = {"ratios": [0.2], "methods": flap}
+    sweep(settings(tmp_path, **base), run=Machine())
+    stored = json.loads((tmp_path / "flap_0.2_s1234" / "cell.json").read_text())["steps"]["compress"]["parts"]
+    assert set(stored) == {"program", "versions", "config", "files"}
+    assert f"torch {importlib.metadata.version('torch')}" in stored["versions"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refusal(**changes: object) -> str:
+        with pytest.raises(UsageError) as caught:
+            sweep(settings(tmp_path, **{**base, **changes}), run=Machine())
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert "Pass --overwrite to replace them, or give another output_dir." in str(caught.value)
+        return str(caught.value)
+
+    hooks = {"measure": [HOOK, {"class_path": "callbacks.Efficiency"}]}
+    assert "replace: dense, flap_0.2_s1234 made with another config. Pass" in refusal(**hooks)
+    other = {"flap": {"class_path": "callbacks.FLAP", "init_args": {"metric": "IFV"}}}
+    # The dense cell is the same, and a cell that is not there is no obstacle.
+    assert "replace: flap_0.2_s1234 made with another config. Pass" in refusal(methods=other, seeds=[1234, 8])
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "sources", lambda: "0" * 64)
+        assert "dense, flap_0.2_s1234 made with another program (the code of slm_pl or" in refusal()
+    with monkeypatch.context() as patch:
+        real = importlib.metadata.version
+        patch.setattr(importlib.metadata, "version", lambda name: "9.9" if name == "torch" else real(name))
+        told = refusal(**hooks)
+        assert f"other versions (torch {real('torch')} -> 9.9) and another config" in told
+    # A dry run says it too.
+    assert sweep(settings(tmp_path, **base, **hooks), dry_run=True, run=Machine()) == 0
+    assert capsys.readouterr().out.count("refused without --overwrite: finished with another config") == 2
+    # Recovered cells have places of their own, and what is asked for again is there.
+    both = Machine()
+    assert sweep(settings(tmp_path, **base, recovery=Recovery()), run=both) == 0
+    assert both.commands == [("fit", "flap_0.2_s1234_recovered"), ("test", "flap_0.2_s1234_recovered")]
+    # A record without parts is of an earlier program.
+    path = tmp_path / "flap_0.2_s1234" / "cell.json"
+    record = json.loads(path.read_text())
+    steps = {name: {k: v for k, v in step.items() if k != "parts"} for name, step in record["steps"].items()}
+    path.write_text(json.dumps({**record, "hash": "old", "steps": steps}))
+    with pytest.raises(UsageError, match="flap_0.2_s1234 made with an earlier version of this program"):
+        sweep(settings(tmp_path, **base), run=Machine())
+
+
+def test_edited_calibration_text_is_told(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one")
+    config = settings(tmp_path / "out", ratios=[0.2], data={"calibration": {"source": str(text)}})
+    sweep(config, run=Machine())
+    text.write_text("two")
+    with pytest.raises(UsageError, match="flap_0.2_s1234, sleb_0.2_s1234 made with other files under the names"):
+        sweep(config, run=Machine())
+
+
+def test_interrupted_overwrite_goes_on_without_it(tmp_path):
+    base = {"ratios": [0.2, 0.3], "dense": False}
+    sweep(settings(tmp_path, **base), run=Machine())
+    changed = settings(tmp_path, **base, trainer={"accelerator": "cpu", "precision": "bf16-true"})
+    machine = Machine()
+
+    def interrupted(arguments: list[str], log: Path) -> int:
+        if Path(arguments[2]).parent.name.startswith("sleb"):
+            raise KeyboardInterrupt
+        return machine(arguments, log)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(changed, overwrite=True, run=interrupted)
+    rest = Machine()
+    assert sweep(changed, run=rest) == 0
+    # The last was not begun when it stopped.
+    assert rest.commands == [(c, f"sleb_{ratio}_s1234") for ratio in (0.2, 0.3) for c in ("prune", "test")]
+
+
+def test_export_that_is_wanted_again_is_made_again(tmp_path, capsys):
+    base = {"ratios": [0.2], "methods": {"flap": {"class_path": "callbacks.FLAP"}}}
+    sweep(settings(tmp_path, **base, keep_exports=False), run=Machine())
+    capsys.readouterr()
+    assert sweep(settings(tmp_path, **base), dry_run=True, run=Machine()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "prune, test (export is gone)" in next(line for line in lines if "flap_0.2_s1234" in line)
+    assert "nothing: it is finished" in next(line for line in lines if "dense" in line)
+    again = Machine()
+    assert sweep(settings(tmp_path, **base), run=again) == 0
+    assert again.commands == [("prune", "flap_0.2_s1234"), ("test", "flap_0.2_s1234")]
+    assert (tmp_path / "flap_0.2_s1234" / "export" / "config.json").is_file()
+
+
+# One at a time
+
+
+def test_second_sweep_in_a_directory_is_refused(tmp_path):
+    lock = tmp_path / ".lock"
+    base = {"ratios": [0.2], "dense": False}
+    seen = []
+
+    def looking(arguments: list[str], log: Path) -> int:
+        seen.append(json.loads(lock.read_text()))
+        raise RuntimeError("unforeseen")
+
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        sweep(settings(tmp_path, **base), run=looking)
+    assert seen == [{"host": socket.gethostname(), "pid": os.getpid()}]
+    assert not lock.exists()
+
+    def refusal(text: str) -> str:
+        lock.write_text(text)
+        with pytest.raises(UsageError) as caught:
+            sweep(settings(tmp_path, **base), run=Machine())
+        assert lock.read_text() == text
+        return str(caught.value)
+
+    alive = {"host": socket.gethostname(), "pid": os.getppid()}
+    told = refusal(json.dumps(alive))
+    assert f"process {os.getppid()} on {socket.gethostname()}" in told
+    assert f"remove {lock}" in told
+    assert "process 1 on another-host" in refusal(json.dumps({"host": "another-host", "pid": 1}))
+    assert "has not said" in refusal("")
+    # Nobody needs the lock to look.
+    assert sweep(settings(tmp_path, **base), dry_run=True) == 0
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": ended.pid}))
+    assert sweep(settings(tmp_path, **base), run=Machine()) == 0
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_lock_of_another_is_left_alone(tmp_path):
+    with locked(tmp_path):
+        (tmp_path / ".lock").write_text("another's, after somebody removed ours")
+    assert (tmp_path / ".lock").read_text().startswith("another's")
 
 
 # What fails
@@ -515,7 +735,8 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_is_tried_again(tmp_path,
 def test_old_results_do_not_stand_for_a_cell_that_now_fails(tmp_path):
     sweep(settings(tmp_path, ratios=[0.2]), run=Machine())
     methods = {"flap": {"class_path": "callbacks.FLAP", "init_args": {"metric": "IFV"}}}
-    assert sweep(settings(tmp_path, ratios=[0.2], methods=methods), run=Machine("prune flap_0.2_s1234")) == 1
+    failing = Machine("prune flap_0.2_s1234")
+    assert sweep(settings(tmp_path, ratios=[0.2], methods=methods), overwrite=True, run=failing) == 1
     assert (tmp_path / "flap_0.2_s1234" / "results.json").is_file()
     assert [m["label"] for m in json.loads((tmp_path / "comparison.json").read_text())["models"]] == ["dense"]
 
@@ -585,6 +806,7 @@ def test_interrupt_ends_the_process(tmp_path, monkeypatch, stubborn):
         "Path('pid').write_text(str(os.getpid()))\nwhile True: time.sleep(0.02)"
     )
     monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def interrupt() -> None:
         while not (tmp_path / "pid").is_file():
@@ -593,11 +815,32 @@ def test_interrupt_ends_the_process(tmp_path, monkeypatch, stubborn):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        ProcessRunner(program(tmp_path, code))([], tmp_path / "log.txt")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ProcessRunner(program(tmp_path, code))([], tmp_path / "log.txt")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / "ended").is_file()  # it was asked, so a fit could have written its checkpoint
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_signal_of_the_cluster_is_for_the_job_and_not_for_what_it_runs(tmp_path):
+    code = (
+        "os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "import subprocess\n"
+        "sys.exit(subprocess.call([sys.executable, '-c', 'import os; os.kill(os.getpid(), 12); print(7)']))"
+    )
+    assert signal.SIGUSR2 == 12
+    caught: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: caught.append(number))
+    try:
+        assert ProcessRunner(program(tmp_path, code))([], tmp_path / "log.txt") == 0
+        os.kill(os.getpid(), signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert (tmp_path / "log.txt").read_text().endswith("\n7\n")
+    assert caught == [signal.SIGUSR2]  # submitit's own handler is called as ever
 
 
 # Jobs
@@ -620,6 +863,7 @@ else:
 """
 
 
+@pytest.mark.long
 def test_jobs_of_the_local_cluster(tmp_path, capsys):
     pytest.importorskip("submitit", reason="submitit is an optional dependency")
     save_results(tmp_path / "template.json", "x", True, 900)
@@ -645,10 +889,33 @@ def test_jobs_of_the_local_cluster(tmp_path, capsys):
 def test_job_whose_time_is_over_goes_on_where_it_is(tmp_path):
     pytest.importorskip("submitit", reason="submitit is an optional dependency")
     cell = one(tmp_path, recovery=Recovery())
-    delayed = CellJob(Machine(), fresh=True).checkpoint(cell)
+    delayed = CellJob(Machine()).checkpoint(cell)
     assert delayed.args == (cell,)
-    assert not delayed.function.fresh  # else it would begin anew each time
     assert delayed.result() == "finished"
+
+
+def test_job_killed_before_it_began_is_not_what_it_was_before(tmp_path, monkeypatch, capsys):
+    config = settings(tmp_path, ratios=[0.2], methods={"flap": {"class_path": "callbacks.FLAP"}}, engine="submitit")
+    assert sweep(settings(**{**vars(config), "directory": tmp_path, "engine": "process"}), run=Machine()) == 0
+
+    class Job:
+        job_id = "17"
+        paths = SimpleNamespace(stderr="17.err")
+
+        def done(self) -> bool:
+            return True
+
+        def exception(self) -> Exception:
+            return RuntimeError("killed in the queue")
+
+    executor = SimpleNamespace(cluster="slurm", map_array=lambda job, cells: [Job() for _ in cells])
+    monkeypatch.setattr(engines, "_executor", lambda jobs, folder: executor)
+    assert sweep(config, overwrite=True, run=Machine()) == 2
+    for cell in plan_cells(config):
+        record = Record.load(cell)
+        assert record.status == "failed"
+        assert "job 17 ended with RuntimeError: killed in the queue" in record.error
+        assert steps_to_do(cell) == list(cell.steps)
 
 
 def test_jobs_that_cannot_be_submitted_are_told(tmp_path, monkeypatch):
@@ -669,7 +936,7 @@ def test_jobs_that_cannot_be_submitted_are_told(tmp_path, monkeypatch):
 # The table
 
 
-def test_table_has_mean_and_standard_deviation_over_seeds(tmp_path):
+def test_table_has_mean_and_standard_deviation_over_seeds(tmp_path, monkeypatch, capsys):
     config = settings(tmp_path, seeds=[1, 2, 3], ratios=[0.2])
     cells = plan_cells(config)
     done = [cell for cell in cells if cell.name != "sleb_0.2_s2"]
@@ -685,6 +952,7 @@ def test_table_has_mean_and_standard_deviation_over_seeds(tmp_path):
                 "accuracy",
                 [Figure(None, reason="no"), *(Figure(0.5) for _ in column[1:])],
             ),
+            Row("zero_shot.piqa.acc.9", "piqa", "accuracy", [*map(Figure, (0.1, 0.2, None, 0.4, None, 0.6))]),
             Row("something.new", "New | thing", "number", [Figure(1.0) for _ in column]),
         ],
     )
@@ -699,14 +967,25 @@ def test_table_has_mean_and_standard_deviation_over_seeds(tmp_path):
     assert (sleb.seeds, sleb.failed, sleb.figures["perplexity.x.128"].n) == ([1, 3], [2], 2)
     write_summary(summary, tmp_path)
     text = (tmp_path / "sweep.md").read_text()
-    assert "| flap | 20 % | 3 | 13.17 ± 3.55 | 50.0 % ± 0.0 % |" in text
-    assert "| sleb | 20 % | 2 of 3 | 22.00 ± 2.83 | 50.0 % ± 0.0 % |" in text
-    assert "| dense | – | 1 | 9.00 | – |" in text
+    assert "| flap | 20 % | 3 | 13.17 ± 3.55 | 50.0 % ± 0.0 % | 30.0 % ± 14.1 % (2 of 3) |" in text
+    assert "| sleb | 20 % | 2 of 3 | 22.00 ± 2.83 | 50.0 % ± 0.0 % | 60.0 % (1 of 3) |" in text
+    assert "| dense | – | 1 | 9.00 | – | 10.0 % |" in text
+    assert "(2 of 3)` behind a figure" in text
     assert "New" not in text  # all figures are in the other files
     table = list(csv.DictReader((tmp_path / "sweep.csv").open()))
     assert [line["method"] for line in table] == ["dense", "flap", "sleb"]
     assert float(table[1]["perplexity.x.128.stdev"]) == pytest.approx(figure.stdev)
     assert (table[0]["zero_shot.boolq.acc.9"], table[2]["something.new"]) == ("", "1.0")
+    assert [line["zero_shot.piqa.acc.9.n"] for line in table] == ["1", "2", "1"]
+    assert [line["perplexity.x.128.n"] for line in table] == ["1", "3", "2"]
+    # On the terminal it says the same, and what does not fit stands in a table of its own with the names.
+    monkeypatch.setattr(board, "Console", lambda **options: Console(**{"width": 70, **options}, force_terminal=True))
+    board.print_summary(summary, tmp_path)
+    shown = capsys.readouterr().out
+    assert "(2 of 3)" in shown
+    titles = [line for line in shown.splitlines() if "Method" in line]
+    assert (len(titles), ["piqa" in line for line in titles]) == (2, [False, True])
+    assert max(len(line) for line in shown.splitlines() if "│" in line) <= 70
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert [one["name"] for one in record["columns"]] == [row.name for row in comparison.rows]
     assert record["lines"][1]["figures"]["perplexity.x.128"]["n"] == 3
@@ -739,8 +1018,18 @@ def pico_sweep(pico_dir, tmp_path, monkeypatch) -> Path:
     return path
 
 
-def test_sweep_of_a_method_that_works_and_one_that_does_not(pico_sweep, capsys):
-    """Four processes of the real command line."""
+def test_sweep_of_a_method_that_works_and_one_that_does_not(pico_sweep, monkeypatch, capsys):
+    """The real command line; what works runs in this process, which has loaded everything."""
+
+    def runner(self: ProcessRunner, arguments: list[str], log: Path) -> int:
+        if "sleb" in arguments[2]:
+            return start(self, arguments, log)
+        with log.open("a") as out, contextlib.redirect_stdout(out):
+            main(arguments)
+        return 0
+
+    start = ProcessRunner.__call__
+    monkeypatch.setattr(ProcessRunner, "__call__", runner)
     with pytest.raises(SystemExit) as done:
         main(["sweep", "--config", str(pico_sweep)])
     assert done.value.code == 1
@@ -751,8 +1040,9 @@ def test_sweep_of_a_method_that_works_and_one_that_does_not(pico_sweep, capsys):
     assert json.loads((directory / "export" / "config.json").read_text())["num_hidden_layers"] == 4
     plan = json.loads((directory / "plan.json").read_text())
     assert (plan["method"]["init_args"]["ratio"], plan["calibration"]["seed"]) == (0.2, 1234)
-    assert "$ prune --config" in (directory / "log.txt").read_text()
-    record = json.loads(Path("out/sleb_0.2_s1234/cell.json").read_text())
+    failed = Path("out/sleb_0.2_s1234")
+    assert "$ prune --config" in (failed / "log.txt").read_text()
+    record = json.loads((failed / "cell.json").read_text())
     assert record["status"] == "failed"
     assert "error: " in record["error"]
     assert "Traceback" not in record["error"]
@@ -782,13 +1072,13 @@ def test_sweep_with_recovery_as_jobs(pico_sweep, capsys):
     sizes = ["--methods", json.dumps(methods), "--dense", "false", "--seeds", "[3]"]
     main(["sweep", "--config", str(pico_sweep), *words, *sizes])
     for method in ("slm", "flap"):
-        cell = Path("out") / f"{method}_0.2_s3"
+        cell = Path("out") / f"{method}_0.2_s3_recovered"
         assert json.loads((cell / "results.json").read_text())["model"]["label"] == f"{method} 20 %, recovered"
         assert (cell / "checkpoints").is_dir()
         assert (cell / "config_fit.yaml").is_file()
-    before = (Path("out/slm_0.2_s3/results.json")).stat().st_mtime_ns
+    before = (Path("out/slm_0.2_s3_recovered/results.json")).stat().st_mtime_ns
     main(["sweep", "--config", str(pico_sweep), *words, *sizes])
-    assert (Path("out/slm_0.2_s3/results.json")).stat().st_mtime_ns == before
+    assert (Path("out/slm_0.2_s3_recovered/results.json")).stat().st_mtime_ns == before
 
 
 @pytest.mark.long
