@@ -60,6 +60,7 @@ def test_prune_repeats_the_published_program(threshold, layers, batch_size, tmp_
     assert exported["num_hidden_layers"] == golden["layers"] == layers
 
 
+@pytest.mark.long
 def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
     """The quickstart's own configs, cut down."""
     monkeypatch.chdir(ROOT)
@@ -136,7 +137,9 @@ def scored(name: str, run: Path, method: dict) -> dict:
 
 @pytest.mark.shared
 @needs_shared
-@pytest.mark.parametrize("criterion", ["taylor", "magnitude", pytest.param("perplexity", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "criterion", ["magnitude", *(pytest.param(name, marks=pytest.mark.long) for name in ("taylor", "perplexity"))]
+)
 def test_shortened_llama_repeats_the_published_program(criterion, tmp_path):
     golden = golden_of("shortened_ppl" if criterion == "perplexity" else f"shortened_{criterion}")
     method = {"class_path": "callbacks.ShortenedLLaMA", "init_args": {"criterion": criterion, "remove_layers": 6}}
@@ -202,7 +205,9 @@ LLM_PRUNER = {
 
 @pytest.mark.shared
 @needs_shared
-@pytest.mark.parametrize("name", LLM_PRUNER)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name.endswith("only") else name for name in LLM_PRUNER]
+)
 def test_llm_pruner_repeats_the_published_program(name, tmp_path):
     golden = golden_of("llm_pruner")
     run = golden["runs"][name]
@@ -231,6 +236,7 @@ def test_llm_pruner_repeats_the_published_program(name, tmp_path):
 
 @pytest.mark.shared
 @needs_shared
+@pytest.mark.long
 def test_llm_pruner_scores_the_heads_that_go(tmp_path, recwarn):
     """Where the authors' program scores others, and crashes where no whole KV group fits."""
     golden = golden_of("llm_pruner")
@@ -280,7 +286,7 @@ def test_flap_repeats_the_published_program(tmp_path):
 @pytest.mark.shared
 @pytest.mark.long
 @needs_shared
-@pytest.mark.parametrize("name", ["flap", *LLM_PRUNER])
+@pytest.mark.parametrize("name", ["flap", "taylor_param_first_r0.34"])
 def test_pruned_model_is_as_good_as_the_published_one(name, tmp_path):
     """The exports, measured on the first 8,192 recorded ids."""
     ids = json.loads((SHARED / "reference" / "golden" / "wikitext2_ids.json").read_text())["input_ids"][:8192]

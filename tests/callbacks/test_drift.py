@@ -2,8 +2,6 @@ import json
 import math
 import shutil
 import weakref
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from slm_pl.data import EvaluationText, load_evaluation
 from slm_pl.errors import UsageError
 from slm_pl.results import Results
 from tests.helpers.pico import pico_model
-from tests.helpers.ranks import under_torchrun
 from tests.helpers.run import Drop, alpaca_data, make_module, make_trainer, without
 from tests.helpers.tokenizer import pico_tokenizer
 
@@ -200,26 +197,3 @@ def test_from_yaml(pico_dir, tmp_path):
     kl, same, tokens = naive(AutoModelForCausalLM.from_pretrained(pico_dir), without(pico_dir, 1), TEXTS[0])
     assert (one["kl"], one["top1_agreement"]) == (pytest.approx(kl, rel=1e-4), pytest.approx(same))
     assert (one["tokens"], one["reference"], one["bos"]) == (tokens, str(pico_dir), "none")
-
-
-def on_each_rank(rank: int, directory: str, pretrained: str, export: str) -> None:
-    run = Path(directory)
-    found = []
-    for name, source, methods in (("in_run", pretrained, [Drop([1])]), ("loaded", export, [])):
-        trainer = make_trainer(run / name, *methods, Drift(TEXTS, batch_size=1), devices=2, strategy="ddp")
-        trainer.test(make_module(source), alpaca_data(run / f"data{rank}"), verbose=False)
-        found.append([one.kl for one in trainer.lightning_module.results.drift])
-    (run / f"{rank}.json").write_text(json.dumps(found))
-
-
-def test_processes_share_the_windows(pico_dir, tmp_path):
-    export = exported(pico_dir, tmp_path / "prune", Drop([1]))
-    under_torchrun(partial(on_each_rank, pretrained=str(pico_dir), export=str(export)), tmp_path)
-    alone = record_of(tmp_path / "alone", pico_dir, Drop([1]), Drift(TEXTS, batch_size=1))
-    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
-    for name in ("in_run", "loaded"):
-        record = Results.load(tmp_path / name / "results.json")
-        for ours, theirs in zip(record.drift, alone.drift, strict=True):
-            for field in ("kl", "kl_stderr", "top1_agreement", "top1_stderr"):
-                assert getattr(ours, field) == pytest.approx(getattr(theirs, field), rel=1e-9)
-            assert (ours.tokens, ours.sha256) == (theirs.tokens, theirs.sha256)

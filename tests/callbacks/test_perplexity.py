@@ -1,6 +1,5 @@
 import json
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from callbacks import Perplexity
 from slm_pl.cli import main
 from slm_pl.data import EvaluationText, load_evaluation
 from slm_pl.errors import UsageError
-from tests.helpers.ranks import under_torchrun
 from tests.helpers.run import Drop, alpaca_data, make_module, make_trainer
 from tests.helpers.tokenizer import pico_tokenizer
 
@@ -110,28 +108,3 @@ def test_broken_model_has_a_reason_instead_of_a_value(pico_dir, tmp_path):
 def test_batch_size_zero():
     with pytest.raises(UsageError, match="batch_size 0"):
         Perplexity(batch_size=0)
-
-
-TEXT = EvaluationText(sequence_length=32, max_tokens=5 * 32)
-
-
-def on_each_rank(rank, directory, pretrained):
-    from pathlib import Path
-
-    run = Path(directory)
-    hook = Perplexity([TEXT], batch_size=1)
-    trainer = make_trainer(run, Drop([1]), hook, devices=2, strategy="ddp")
-    trainer.test(make_module(pretrained), alpaca_data(run / f"data{rank}"), verbose=False)
-    (run / f"rank{rank}").write_text(repr(trainer.lightning_module.results.perplexity[0].value))
-
-
-def test_processes_share_the_windows(pico_dir, tmp_path):
-    under_torchrun(partial(on_each_rank, pretrained=str(pico_dir)), tmp_path)
-    make_trainer(tmp_path / "alone", Drop([1]), Perplexity([TEXT], batch_size=1)).test(
-        make_module(pico_dir), alpaca_data(tmp_path), verbose=False
-    )
-    alone, shared = records(tmp_path / "alone")["perplexity"][0], records(tmp_path)["perplexity"][0]
-    assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text() == repr(shared["value"])
-    assert shared.pop("value") == pytest.approx(alone.pop("value"), rel=1e-12)
-    assert shared.pop("stderr") == pytest.approx(alone.pop("stderr"), rel=1e-12)
-    assert {**shared, "word_value": 0} == {**alone, "word_value": 0}
