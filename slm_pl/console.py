@@ -3,6 +3,10 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
 
 OWN_CODE = "modeling_pruned"
 """Module of a checkpoint whose layers differ in width."""
@@ -28,6 +32,20 @@ def brings_code(path: str) -> bool:
     return (Path(path) / f"{OWN_CODE}.py").is_file()
 
 
+def bar_columns() -> "tuple[ProgressColumn, ...]":
+    """What a bar shows: its description, how far it is, the time, and the field ``note``."""
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    return (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+
+
 @contextlib.contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
     """Shows a progress bar on the first rank while something takes longer than two seconds.
@@ -40,16 +58,8 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[s
         A function to call after each step, with a short text about it.
     """
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, disable=getattr(rank_zero_only, "rank", 0) != 0) as bar:
+    with Progress(*bar_columns(), disable=getattr(rank_zero_only, "rank", 0) != 0) as bar:
         task = bar.add_task(description, total=total, note="")
         yield lambda note: bar.update(task, advance=1, note=note)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slm_pl import files
+from slm_pl.console import progress
 from slm_pl.data.named_corpora import CORPORA, Corpus, hub_rows
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.harness import TaskFile, quiet, task_files
@@ -78,8 +79,6 @@ def make_mirror(
     Raises:
         UsageError: If a name is unknown, or the directory cannot be written.
     """
-    from rich.progress import Progress
-
     unknown = [name for name in texts if name not in CORPORA]
     if unknown:
         raise UsageError(f"There is no text named {', '.join(unknown)}; allowed are {', '.join(CORPORA)}.")
@@ -96,10 +95,8 @@ def make_mirror(
         for name in texts:
             work[name] = {CORPORA[name].split}, functools.partial(_text_split, CORPORA[name])
         result = Mirror([], [], {})
-        with Progress(transient=True) as progress:
-            bar = progress.add_task("", total=len(work))
+        with progress("Mirror", len(work)) as advance:
             for name, (splits, fetch) in work.items():
-                progress.update(bar, description=f"Mirror: {name}")
                 wanted = {one for one in splits if overwrite or not (output / name / f"{one}.jsonl").is_file()}
                 if splits and not wanted:
                     result.there.append(name)
@@ -109,7 +106,7 @@ def make_mirror(
                         _write_manifest(output, result.written)
                     except Exception as error:
                         result.failed[name] = " ".join(f"{type(error).__name__}: {error}".split())
-                progress.advance(bar)
+                advance(name)
     return result
 
 

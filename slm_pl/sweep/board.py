@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from slm_pl.console import bar_columns
 from slm_pl.sweep.cells import Cell, size_text
 from slm_pl.sweep.record import Record, export_is_gone, replaced, steps_to_do
 from slm_pl.sweep.summary import NOTE, Summary, table_of
@@ -52,16 +53,8 @@ class Board:
 @contextmanager
 def board(total: int) -> Iterator[Board]:
     """Shows a board while the sweep runs."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
     console = Console()
-    with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
+    with Progress(*bar_columns(), console=console, transient=not console.is_terminal) as bar:
         yield Board(bar, total)
 
 
