@@ -166,6 +166,59 @@ metric_list: [{{metric: acc_norm, aggregation: mean, higher_is_better: true}}]
     assert task.value == pytest.approx(right / 5)
 
 
+def _task_file(folder, name, rows, lines):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / name}.jsonl}}}}\n"
+    (folder / f"{name}.yaml").write_text(f"{head}test_split: test\n{lines}")
+    return str(folder / f"{name}.yaml")
+
+
+def test_a_task_of_answers_in_words_read_in_two_ways(tmp_path):
+    model, tokenizer = pico_llama().eval(), pico_tokenizer()
+    rows = []
+    for place, row in enumerate(PIQA):
+        ids = tokenizer(row["goal"], return_tensors="pt")["input_ids"]
+        written = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        words = tokenizer.decode(written, skip_special_tokens=True).split()
+        rows.append({"goal": row["goal"], "answer": words[0] if place < 3 else words[-1] if place < 4 else "no word"})
+    lines = r"""output_type: generate_until
+doc_to_text: "{{goal}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["never written"], max_gen_toks: 8, do_sample: false}
+filter_list:
+  - {name: first, filter: [{function: regex, regex_pattern: '(\S+)'}, {function: take_first}]}
+  - {name: last, filter: [{function: regex, regex_pattern: '(\S+)', group_select: -1}, {function: take_first}]}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+    result = zero_shot(model, tokenizer, [_task_file(tmp_path, "words", rows, lines)], batch_size=1)
+    task = result.tasks["words"]
+    assert 3 / 5 <= task.all["exact_match,first"] < 1
+    assert 1 / 5 <= task.all["exact_match,last"] < 1
+    assert set(task.all) == {"exact_match,first", "exact_match,last"}
+    assert (task.metric, task.value) == ("exact_match,first", task.all["exact_match,first"])
+    assert result.mean_of == ["words"]
+
+
+def test_a_task_that_is_no_share_of_right_answers_is_in_no_mean(tmp_path):
+    model, tokenizer = pico_llama().eval(), pico_tokenizer()
+    lines = """output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{goal}}"
+metric_list: [{metric: word_perplexity}]
+"""
+    result = zero_shot(model, tokenizer, [_task_file(tmp_path, "text", PIQA, lines)])
+    losses = []
+    for row in PIQA:
+        ids = [tokenizer.bos_token_id, *tokenizer(row["goal"])["input_ids"]]
+        with torch.no_grad():
+            scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        losses.append(-sum(float(scores[i - 1, ids[i]]) for i in range(1, len(ids))))
+    words = sum(len(row["goal"].split()) for row in PIQA)
+    assert result.tasks["text"].value == pytest.approx(math.exp(sum(losses) / words), rel=1e-4)
+    assert result.mean_of == []
+    assert math.isnan(result.mean)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [(None, "no task file"), ("a: [", "cannot be read"), ("group: x\ntask: [y]", "no `task: NAME`")],
