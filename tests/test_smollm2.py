@@ -23,10 +23,9 @@ pytestmark = [
 
 
 @pytest.mark.shared
+@pytest.mark.long
 @needs_shared
-@pytest.mark.parametrize(
-    ("threshold", "layers", "batch_size"), [(0.72, 22, 1), pytest.param(0.85, 26, 3, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("threshold", "layers", "batch_size"), [(0.72, 22, 1), (0.85, 26, 3)])
 def test_prune_repeats_the_published_program(threshold, layers, batch_size, tmp_path):
     """The authors' setting; their program has batches of one, and the score is of each sample whatever the batch."""
     golden_file = SHARED / "reference" / "golden" / f"slm_T{threshold}_s1234.json"

@@ -287,6 +287,7 @@ def _rank(rank: int, directory: str) -> None:
     torch.save(found, f"{directory}/{rank}.pt")
 
 
+@pytest.mark.long
 def test_two_processes_give_the_scores_of_one(tmp_path):
     in_two_processes(_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
