@@ -5,8 +5,6 @@ import difflib
 import functools
 import hashlib
 import json
-import logging
-import random
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from slm_pl.errors import UsageError
+from slm_pl.evaluation._surroundings import quiet, same_random_state
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -167,6 +164,9 @@ def check_tasks(names: Iterable[str], local_data: str | None = None, num_fewshot
         UsageError: If a task is unknown, or local data lack a file.
     """
     names = list(dict.fromkeys(names))
+    _check_shots(names, num_fewshot)
+    if local_data is None and all(name == EMBEDDED_TASK or name in _STOCK_FILES for name in names):
+        return  # there is nothing to find, and the harness's imports would count as memory of what is measured next
     with quiet(), tempfile.TemporaryDirectory(prefix="slm_pl_tasks_") as folder:
         found = _find(names)
         local = None if local_data is None else Path(local_data)
@@ -312,12 +312,16 @@ def _load(names: list[str], folder: Path, local_data: str | None, num_fewshot: S
 
 def _shots(names: list[str], found: _Found, num_fewshot: Shots) -> dict[str, int | None]:
     """The number of solved examples that was asked for, by task."""
+    _check_shots(names, num_fewshot)
     if not isinstance(num_fewshot, dict):
         return dict.fromkeys((*found.files, EMBEDDED_TASK), num_fewshot)
-    unknown = [name for name in num_fewshot if name not in names]
+    return {name: num_fewshot.get(found.asked_as.get(name, name)) for name in (*found.files, EMBEDDED_TASK)}
+
+
+def _check_shots(names: list[str], num_fewshot: Shots) -> None:
+    unknown = [name for name in num_fewshot if name not in names] if isinstance(num_fewshot, dict) else []
     if unknown:
         raise UsageError(f"num_fewshot names {', '.join(unknown)}, but the tasks are {', '.join(names)}.")
-    return {name: num_fewshot.get(found.asked_as.get(name, name)) for name in (*found.files, EMBEDDED_TASK)}
 
 
 def _origin(name: str, files: Mapping[str, TaskFile], local: Path | None) -> str:
@@ -399,47 +403,3 @@ def _unreadable(name: str, local_data: Path | None, error: Exception) -> str:
         f"local_data: a directory with {name}/<split>.jsonl in the columns of the hub's data set, which `main.py data "
         f"--tasks {name} --output DIR` makes on a connected one."
     )
-
-
-def seed() -> None:
-    """Seeds as lm-eval's command line does."""
-    import numpy
-
-    random.seed(0)
-    numpy.random.seed(1234)
-    torch.manual_seed(1234)
-
-
-@contextlib.contextmanager
-def same_random_state() -> Iterator[None]:
-    """Gives the caller's random states back: lm-eval seeds Python, numpy and torch."""
-    import numpy
-
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            numpy.random.set_state(numpy_state)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences lm-eval's log below errors and datasets' bars; lm-eval's own progress bar stays."""
-    import datasets
-
-    # Imported here because importing the harness sets its log level.
-    import lm_eval.models.huggingface  # noqa: F401
-
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    had_bars = datasets.utils.are_progress_bars_disabled() is False
-    logger.setLevel(logging.ERROR)
-    datasets.utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if had_bars:
-            datasets.utils.enable_progress_bars()

@@ -15,7 +15,8 @@ from slm_pl import files
 from slm_pl.console import progress
 from slm_pl.data.named_corpora import CORPORA, Corpus, hub_rows
 from slm_pl.errors import UsageError
-from slm_pl.evaluation.harness import TaskFile, quiet, task_files
+from slm_pl.evaluation._surroundings import quiet
+from slm_pl.evaluation.harness import TaskFile, task_files
 
 if TYPE_CHECKING:
     from datasets import Dataset

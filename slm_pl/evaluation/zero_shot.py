@@ -15,14 +15,13 @@ from slm_pl.errors import UsageError
 from slm_pl.evaluation import answers
 from slm_pl.evaluation._model import device_of, evaluation_mode
 from slm_pl.evaluation._ranks import together, world
+from slm_pl.evaluation._surroundings import same_random_state, seed
 from slm_pl.evaluation.harness import (
     SEVEN_TASKS,
     LoadedTasks,
     Shots,
     loaded_tasks,
     requests_sha256,
-    same_random_state,
-    seed,
 )
 
 if TYPE_CHECKING:

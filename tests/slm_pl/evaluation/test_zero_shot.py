@@ -6,6 +6,8 @@ import math
 import os
 import random
 import socket
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -480,6 +482,19 @@ def test_files_that_cannot_be_used(tmp_path, text):
     (tmp_path / "piqa" / "validation.jsonl").write_text(text)
     with pytest.raises(UsageError, match=r"piqa cannot be used for the task 'piqa'"):
         zero_shot(pico_llama(), pico_tokenizer(), ["piqa"], local_data=str(tmp_path))
+
+
+def test_solved_examples_of_a_task_that_is_not_asked():
+    with pytest.raises(UsageError, match="num_fewshot names boolq, but the tasks are piqa"):
+        check_tasks(["piqa"], num_fewshot={"boolq": 1})
+
+
+def test_the_usual_tasks_are_known_without_the_harness():
+    """What it imports would count as memory of what is measured before."""
+    code = "import sys; from slm_pl.evaluation.harness import *; check_tasks([*SEVEN_TASKS, EMBEDDED_TASK]); "
+    code += "print({'lm_eval', 'datasets', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_unknown_task_names_close_ones(piqa):
