@@ -20,17 +20,20 @@ _NAMES = {"sha256": "tokens hash", "requests_sha256": "requests hash", "version"
 _HASHES = ("sha256", "requests_sha256")
 
 
-def perplexity_protocol(one: PerplexityResult) -> Protocol:
-    """Of the perplexity of a token."""
+def _window_protocol(one: PerplexityResult | DriftResult) -> Protocol:
+    """What text, and how it was cut into windows."""
     return {
         "corpus": one.corpus,
         "sequence_length": one.sequence_length,
         "bos": one.bos,
         "stride": one.stride,
         "tail": one.tail,
-        "tokens": one.tokens,
-        "sha256": one.sha256,
     }
+
+
+def perplexity_protocol(one: PerplexityResult) -> Protocol:
+    """Of the perplexity of a token."""
+    return {**_window_protocol(one), "tokens": one.tokens, "sha256": one.sha256}
 
 
 def word_protocol(one: PerplexityResult) -> Protocol:
@@ -39,28 +42,12 @@ def word_protocol(one: PerplexityResult) -> Protocol:
     Its tokens may be another tokenizer's, if the windows cover the same words all the same. Windows end at tokens, so
     that takes the whole text, to its end: ``tail: keep`` and no ``max_tokens``.
     """
-    return {
-        "corpus": one.corpus,
-        "sequence_length": one.sequence_length,
-        "bos": one.bos,
-        "stride": one.stride,
-        "tail": one.tail,
-        "words": one.words,
-    }
+    return {**_window_protocol(one), "words": one.words}
 
 
 def drift_protocol(one: DriftResult) -> Protocol:
     """Of the distance from the dense model."""
-    return {
-        "corpus": one.corpus,
-        "reference": one.reference,
-        "sequence_length": one.sequence_length,
-        "bos": one.bos,
-        "stride": one.stride,
-        "tail": one.tail,
-        "tokens": one.tokens,
-        "sha256": one.sha256,
-    }
+    return {"reference": one.reference, **_window_protocol(one), "tokens": one.tokens, "sha256": one.sha256}
 
 
 def task_protocol(result: ZeroShotResult, one: TaskResult, metric: str) -> Protocol:
