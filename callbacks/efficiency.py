@@ -2,7 +2,7 @@
 
 import lightning.pytorch as pl
 
-from slm_pl.evaluation.efficiency import check_protocol, measure_generation
+from slm_pl.evaluation.efficiency.generation import check_protocol, measure_generation
 from slm_pl.module import CausalLM
 
 

@@ -27,7 +27,7 @@ import torch
 import slm_pl
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.drift import DriftResult
-from slm_pl.evaluation.efficiency import EfficiencyResult
+from slm_pl.evaluation.efficiency.record import EfficiencyResult
 from slm_pl.evaluation.perplexity import PerplexityResult
 from slm_pl.evaluation.zero_shot import ZeroShotResult
 from slm_pl.files import write_text

@@ -5,7 +5,8 @@ None of them moves the model, changes its weights or leaves it in another mode t
 """
 
 from slm_pl.evaluation.drift import DriftResult, OutputHead, Reference, drift, reference_states
-from slm_pl.evaluation.efficiency import EfficiencyResult, PeakMemory, Spread, measure_generation
+from slm_pl.evaluation.efficiency.generation import measure_generation
+from slm_pl.evaluation.efficiency.record import EfficiencyResult, PeakMemory, Spread
 from slm_pl.evaluation.generation import Examples, GenerationProtocol, ModelCompletions, complete
 from slm_pl.evaluation.harness import EMBEDDED_TASK, SEVEN_TASKS, task_prompts
 from slm_pl.evaluation.perplexity import PerplexityResult, perplexity

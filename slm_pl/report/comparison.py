@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm_pl.errors import UsageError
-from slm_pl.evaluation.efficiency import EfficiencyResult, Spread
+from slm_pl.evaluation.efficiency.record import EfficiencyResult, Spread
 from slm_pl.evaluation.perplexity import PerplexityResult
 from slm_pl.evaluation.zero_shot import TaskResult, ZeroShotResult
 from slm_pl.report import bases, protocols

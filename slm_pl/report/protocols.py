@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from slm_pl.evaluation.drift import DriftResult
-from slm_pl.evaluation.efficiency import EfficiencyResult
+from slm_pl.evaluation.efficiency.record import EfficiencyResult
 from slm_pl.evaluation.perplexity import PerplexityResult
 from slm_pl.evaluation.zero_shot import SHARES, TaskResult, ZeroShotResult
 from slm_pl.report.rows import Protocol, Quantity

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from slm_pl.errors import UsageError
-from slm_pl.evaluation import efficiency, measure_generation
+from slm_pl.evaluation import measure_generation
+from slm_pl.evaluation.efficiency import generation as efficiency
 from tests.helpers.tokenizer import pico_tokenizer
 from tests.slm_pl.evaluation.pico import pico_llama
 

@@ -3,10 +3,8 @@
 import contextlib
 import ctypes
 import gc
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,73 +13,12 @@ from torch import Tensor, nn
 
 from slm_pl.errors import UsageError
 from slm_pl.evaluation._model import device_of, evaluation_mode
+from slm_pl.evaluation.efficiency.record import EfficiencyResult, PeakMemory, Spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROTOCOL = "shortened_llama"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A quantity over the counted runs; ``stdev`` is the sample standard deviation."""
-
-    median: float
-    mean: float
-    stdev: float
-    min: float
-    max: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Spread":
-        """Summarises two or more values."""
-        return cls(
-            statistics.median(values), statistics.fmean(values), statistics.stdev(values), min(values), max(values)
-        )
-
-
-@dataclass(frozen=True)
-class PeakMemory:
-    """Most memory in use during the counted runs.
-
-    Args:
-        max: Bytes.
-        source: What was counted: the allocator's tensors on a GPU, or everything resident of the process on a CPU.
-    """
-
-    max: int
-    source: str
-
-
-@dataclass(frozen=True)
-class EfficiencyResult:
-    """Generation speed and memory with their protocol; figures of two protocols do not compare.
-
-    Args:
-        protocol: Name of the protocol.
-        batch_size: Equal prompts generated from at once.
-        prompt_tokens: Tokens of one prompt.
-        new_tokens: Tokens generated for each prompt, exactly.
-        warmup: Runs before counting.
-        repeats: Counted runs.
-        latency_s: Seconds of a whole ``generate`` call, prefill and decode.
-        time_to_first_token_s: Seconds from the call until the first new token is chosen.
-        output_tokens_per_s: ``batch_size * new_tokens / latency`` of each run; its mean is the published throughput.
-        peak_memory_bytes: Peak memory, or None with the reason in ``missing``.
-        missing: Reason of each figure that could not be measured.
-    """
-
-    protocol: str
-    batch_size: int
-    prompt_tokens: int
-    new_tokens: int
-    warmup: int
-    repeats: int
-    latency_s: Spread
-    time_to_first_token_s: Spread
-    output_tokens_per_s: Spread
-    peak_memory_bytes: PeakMemory | None
-    missing: dict[str, str] = field(default_factory=dict)
 
 
 def check_protocol(batch_size: int, new_tokens: int, warmup: int, repeats: int) -> None:

@@ -1,0 +1,1 @@
+"""Latency, throughput, memory, utilisation and work of generation."""
