@@ -151,6 +151,7 @@ class CompressionCallback(pl.Callback, ABC):
                 )
             return
         pl_module.check_run(stage)
+        pl_module.check_unquantised("cut or merged")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyCheck):
                 callback.check(trainer)

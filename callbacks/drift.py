@@ -99,7 +99,10 @@ class Drift(PlanObserver, EarlyCheck):
         assert self._windows is not None  # `setup` comes before
         model, results = pl_module.measured()
         if self.reference is None and not pl_module.plans:
-            results.missing[MISSING] = "the dense model itself"
+            quantised = loading.quantization_of(model.config)
+            results.missing[MISSING] = "the dense model itself" + (
+                f", but {quantised}: give the model as it was before as reference" if quantised else ""
+            )
             return
         if self._references is None:
             try:

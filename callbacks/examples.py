@@ -144,7 +144,9 @@ def _complete_with(
 ) -> ModelCompletions:
     """Loads a model as the run's own was, and completes the prompts; the model is gone when this returns."""
     tokenizer = loading.load_tokenizer(other.source)
-    model = loading.load_model(other.source, cast(loading.DType, dtype), module.attn_implementation)
+    model = loading.load_model(
+        other.source, cast(loading.DType, dtype), module.attn_implementation, module.quantization
+    )
     nn.Module.to(trainer.precision_plugin.convert_module(model), trainer.strategy.root_device)
     completions = []
     for prompt in prompts:

@@ -15,8 +15,10 @@ from slm_pl import files, sharding
 from slm_pl.console import load_example
 from slm_pl.errors import UsageError
 from slm_pl.export import needs_own_code, save_compressed
+from slm_pl.loading import DType
 from slm_pl.module import CausalLM, may_overwrite
 from slm_pl.pictures import load_figures
+from slm_pl.quantization import Quantization, require_torchao
 from slm_pl.trainer import TrainedCallback, previous
 
 if TYPE_CHECKING:
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
 class ExportCheckpoint(EarlyCheck, TrainedCallback):
     """Exports at the end of ``fit``, LoRA merged; in ``prune``, right after compression.
 
-    LoRA is merged in float32 and rounded to the model's dtype once. Of a model that DeepSpeed's stage 3 has spread over
-    the processes, the first one gathers the weights, one module at a time, in its main memory.
+    LoRA is merged in float32 and rounded to the model's dtype once; ``dtype`` and ``quantization`` come after that. Of
+    a model that DeepSpeed's stage 3 has spread over the processes, the first one gathers the weights, one module at a
+    time, in its main memory.
 
     The directory holds safetensors, config, generation config, tokenizer, every ``plan.json`` and a model card. It
     needs nothing but transformers to load, and appears only when it is whole. If the layers differ in width, it brings
-    the code that says so to transformers (``trust_remote_code=True``). Put it below the compression callbacks::
+    the code that says so to transformers (``trust_remote_code=True``); int8 weights need torchao. Put it below the
+    compression callbacks::
 
         trainer:
           callbacks:
@@ -43,17 +47,26 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
     Args:
         output_dir: Where the model goes.
         compressed_dir: In ``fit``, also export the compressed model as it is before training, to measure it by itself.
-            A run that goes on from a checkpoint leaves the one that is there.
+            A run that goes on from a checkpoint leaves the one that is there. It is in the model's own dtype and never
+            quantised.
         weights: After ``fit``, those of the ``best`` checkpoint, if a ModelCheckpoint monitors a figure, or the
             ``last`` ones.
+        dtype: Of what is written to ``output_dir``; ``auto`` is the model's.
+        quantization: ``int8``: the weights of the linear maps in ``output_dir`` as int8 with torchao, except those of
+            the language-model head and of experts. The checkpoint is written twice, so the disk has to hold both.
 
     Raises:
         UsageError: Before any work, if a directory is not empty and neither ``--overwrite`` nor ``--ckpt_path last``
-            was given.
+            was given, or if torchao is needed and missing.
     """
 
     def __init__(
-        self, output_dir: str, compressed_dir: str | None = None, weights: Literal["best", "last"] = "best"
+        self,
+        output_dir: str,
+        compressed_dir: str | None = None,
+        weights: Literal["best", "last"] = "best",
+        dtype: DType = "auto",
+        quantization: Quantization | None = None,
     ) -> None:
         if compressed_dir is not None and (_holds(output_dir, compressed_dir) or _holds(compressed_dir, output_dir)):
             raise UsageError(
@@ -63,6 +76,8 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
         self.output_dir = output_dir
         self.compressed_dir = compressed_dir
         self.weights = weights
+        self.dtype: DType = dtype
+        self.quantization: Quantization | None = quantization
 
     def check(self, trainer: pl.Trainer) -> None:
         """Refuses what would fail at the end, before the search starts."""
@@ -73,6 +88,8 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
                 "callbacks.ExportCheckpoint stands above a compression callback and would export the model before it. "
                 "Move it below in trainer.callbacks."
             )
+        if directories and self.quantization is not None:
+            require_torchao(f"callbacks.ExportCheckpoint with quantization {self.quantization}")
         on_first_rank(trainer, lambda: self._check_directories(trainer, directories))
 
     def _check_directories(self, trainer: pl.Trainer, directories: list[str]) -> None:
@@ -95,6 +112,7 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Exports the model between compression and LoRA."""
         assert isinstance(pl_module, CausalLM)
+        pl_module.check_run(stage)
         self.check(trainer)
         if getattr(trainer, "pruning", False):
             self._export(trainer, pl_module, pl_module.load_model(), self.output_dir, recovered=False)
@@ -135,6 +153,8 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
         """Writes the model that the first rank has."""
         tokenizer, plans, overwrite = pl_module.tokenizer, pl_module.plans, _may_replace(trainer)
         source = pl_module.source.directory
+        final = directory == self.output_dir
+        dtype, quantization = (self.dtype, self.quantization) if final else ("auto", None)
 
         def write() -> bool:
             assert model is not None
@@ -142,11 +162,12 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
             if recovered:
                 pl_module.draw_history()
             figures = {**carried, **pl_module.figures}
-            save_compressed(model, tokenizer, directory, plans, recovered, overwrite, figures)
+            save_compressed(model, tokenizer, directory, plans, recovered, overwrite, figures, dtype, quantization)
             return needs_own_code(model)
 
         own_code = on_first_rank(trainer, write)
-        rank_zero_info(f"Exported to {directory}. Load it with:\n{load_example(directory, own_code)}")
+        example = load_example(directory, own_code, quantization is not None)
+        rank_zero_info(f"Exported to {directory}. Load it with:\n{example}")
 
 
 def _may_replace(trainer: pl.Trainer) -> bool:

@@ -12,19 +12,21 @@ OWN_CODE = "modeling_pruned"
 """Module of a checkpoint whose layers differ in width."""
 
 _LOAD_EXAMPLE = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{needs}from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{path}"{options})
 tokenizer = AutoTokenizer.from_pretrained("{path}")"""
 
 
-def load_example(path: str, own_code: bool) -> str:
+def load_example(path: str, own_code: bool, quantised: bool = False) -> str:
     """What to say of an exported checkpoint.
 
     Args:
         path: Where it is.
         own_code: Whether its layers differ in width, so that it brings the code that loads it.
+        quantised: Whether its weights are int8, so that transformers needs torchao.
     """
-    return _LOAD_EXAMPLE.format(path=path, options=", trust_remote_code=True" if own_code else "")
+    needs = "# needs torchao: pip install torchao\n" if quantised else ""
+    return _LOAD_EXAMPLE.format(path=path, options=", trust_remote_code=True" if own_code else "", needs=needs)
 
 
 def brings_code(path: str) -> bool:

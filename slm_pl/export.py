@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +22,9 @@ from slm_pl.compression.plan import (
     save_plans,
 )
 from slm_pl.console import OWN_CODE, load_example
-from slm_pl.loading import load_model, load_tokenizer, resolve, stock_class
+from slm_pl.loading import DType, load_model, load_tokenizer, resolve, stock_class
 from slm_pl.pictures import IMPORTANCE, TRACE, WIDTHS, trace_pictures
+from slm_pl.quantization import INT8, Quantization, compress_first, quantization_of, require_torchao
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,11 +38,16 @@ def save_compressed(
     recovered: bool,
     overwrite: bool = False,
     figures: Mapping[str, bytes] | None = None,
+    dtype: DType = "auto",
+    quantization: Quantization | None = None,
 ) -> Path:
     """Writes a checkpoint that stock transformers loads; the directory is whole or absent.
 
     If the layers differ in width, the directory holds ``modeling_pruned.py``, a copy of
     :mod:`slm_pl.compression.modeling`, and the config names it: transformers runs it with ``trust_remote_code=True``.
+
+    Another dtype or int8 is what transformers makes of the ordinary checkpoint, which is written beside the directory
+    for as long as that takes; the model in memory stays as it is. Whoever loads int8 needs torchao.
 
     Args:
         model: The compressed model, adapters merged.
@@ -50,17 +57,28 @@ def save_compressed(
         recovered: Whether it was trained after compression; the model card says so.
         overwrite: Replace a directory that is not empty.
         figures: More files that say what was done, by name; the model card shows those that are ``.png``.
+        dtype: Of the weights that are written; ``auto`` is the model's.
+        quantization: What they are quantised to, from ``dtype``; see :func:`slm_pl.loading.load_model`.
 
     Returns:
         The directory.
 
     Raises:
-        UsageError: If the directory is not empty and ``overwrite`` is false, or cannot be written.
+        UsageError: If the directory is not empty and ``overwrite`` is false, or cannot be written, or if torchao is
+            needed and missing, or if the model's weights are quantised already.
     """
+    if (found := quantization_of(model.config)) is not None:
+        raise compress_first(model.config._name_or_path, found, "exported again")
+    if quantization is not None:
+        require_torchao(f"quantization {quantization}")
+    as_it_is = quantization is None and dtype in ("auto", str(model.dtype).removeprefix("torch."))
     with files.new_directory(directory, overwrite) as temporary:
-        # Transformers renames weights for some of its own classes, and reads the old names for those alone.
-        model.save_pretrained(temporary, save_original_format=not needs_own_code(model))
-        _name_class(model, temporary)
+        if as_it_is:
+            written = _save(model, temporary)
+        else:
+            with tempfile.TemporaryDirectory(dir=temporary.parent, prefix=f"{temporary.name}.") as plain:
+                _save(model, Path(plain))
+                written = _save(load_model(resolve(plain), dtype, None, quantization), temporary)
         tokenizer.save_pretrained(temporary)
         save_plans(plans, temporary)
         shown: dict[str, bytes] = {}
@@ -70,8 +88,17 @@ def save_compressed(
         for name, content in shown.items():
             (temporary / name).write_bytes(content)
         pictures = [name for name in shown if name.endswith(".png")]
-        (temporary / "README.md").write_text(_model_card(model, plans, recovered, pictures), encoding="utf-8")
+        card = _model_card(model, plans, recovered, pictures, *written)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
     return Path(directory)
+
+
+def _save(model: "PreTrainedModel", directory: Path) -> tuple[str, str | None]:
+    """Writes weights and config; returns what they are: the dtype, and what they are quantised to."""
+    # Transformers renames weights for some of its own classes, and reads the old names for those alone.
+    model.save_pretrained(directory, save_original_format=not needs_own_code(model))
+    _name_class(model, directory)
+    return str(model.dtype).removeprefix("torch."), quantization_of(model.config)
 
 
 def needs_own_code(model: "PreTrainedModel") -> bool:
@@ -153,7 +180,14 @@ def _asked(plans: list[Plan]) -> str:
     return f"; {' and then '.join(shares)} asked for" if len(shares) == len(plans) else ""
 
 
-def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool, pictures: list[str]) -> str:
+def _model_card(
+    model: "PreTrainedModel",
+    plans: list[Plan],
+    recovered: bool,
+    pictures: list[str],
+    dtype: str,
+    quantised: str | None,
+) -> str:
     parameters = count_parameters(model)
     lines = ["---", "library_name: transformers", "tags: [pruned, slm_pl]"]
     lines += ["---", "", "# A compressed causal language model", ""]
@@ -177,10 +211,17 @@ def _model_card(model: "PreTrainedModel", plans: list[Plan], recovered: bool, pi
         lines += [f"`{plan.sha256}`" for plan in plans]
     else:
         lines += [f"`{public_name(model.config._name_or_path)}`, {parameters:,} parameters; no plan was applied."]
+    lines += ["", f"Its weights are in {dtype}."]
+    if quantised is not None:
+        lines[-1] = (
+            f"Its weights are quantised: {quantised}. What is not (embeddings, norms, biases, the language-model head, "
+            f"experts) is in {dtype}, which it computes in. "
+            + ("Loading it takes `pip install torchao`." if quantised == INT8 else "")
+        )
     for picture in pictures:
         what = _ALT_TEXTS.get(picture.partition(".")[0], "How alike the layers were before")
         lines += ["", f"![{what}]({picture})"]
-    lines += ["", "```python", load_example(".", needs_own_code(model)), "```", ""]
+    lines += ["", "```python", load_example(".", needs_own_code(model), quantised == INT8), "```", ""]
     if needs_own_code(model):
         lines += [
             f"Its layers differ in width, which `{OWN_CODE}.py` beside this file tells transformers. With slm_pl, "

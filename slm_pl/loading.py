@@ -17,6 +17,7 @@ from slm_pl.compression.architecture import config_layers
 from slm_pl.compression.modeling import with_widths
 from slm_pl.compression.structures import width_layout
 from slm_pl.errors import UsageError
+from slm_pl.quantization import INT8, Quantization, check_quantization, int8_config, quantization_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -74,23 +75,41 @@ def resolve(pretrained: str, revision: str | None = None, trust_remote_code: boo
     return Source(pretrained, location, revision, trust_remote_code)
 
 
-def load_model(source: Source, dtype: DType = "auto", attn_implementation: str | None = None) -> "PreTrainedModel":
+def load_model(
+    source: Source,
+    dtype: DType = "auto",
+    attn_implementation: str | None = None,
+    quantization: Quantization | None = None,
+) -> "PreTrainedModel":
     """Loads a causal language model on the CPU, in eval mode.
 
     One whose layers differ in width needs no code of its own: this package knows how to build it.
 
+    Args:
+        source: Where from.
+        dtype: Of the weights, or, where they are quantised, of the others and of the computation; ``auto`` is the
+            checkpoint's.
+        attn_implementation: ``sdpa``, ``eager``, …; null lets transformers choose.
+        quantization: ``int8`` makes the weights of the linear maps int8 with torchao, per output channel and
+            symmetric, from the weights in ``dtype``. Embeddings, norms, biases and the language-model head, tied or
+            not, stay in ``dtype``; so do experts, which transformers keeps in one tensor per layer. A checkpoint that
+            is int8 already is loaded as it is.
+
     Raises:
-        UsageError: If there is no such model, it cannot be reached, it lacks weights, or it needs code of its own that
-            was not trusted.
+        UsageError: If there is no such model, it cannot be reached, it lacks weights, it needs code of its own that was
+            not trusted, it is quantised in another way than was asked for, or torchao is needed and missing.
     """
     from transformers import AutoModelForCausalLM
 
     config = read_config(source)
+    check_quantization(config, source.pretrained, quantization)
     try:
         loader: type = AutoModelForCausalLM
         trust: dict[str, bool] = {"trust_remote_code": source.trust_remote_code}
-        if getattr(config, "layer_widths", None) is not None:
+        unequal = getattr(config, "layer_widths", None) is not None
+        if unequal:
             loader, trust = with_widths(stock_class(config), width_layout), {}
+        quantise = quantization is not None and quantization_of(config) != INT8
         loaded = loader.from_pretrained(  # type: ignore[attr-defined]
             source.location,
             config=config,
@@ -99,6 +118,7 @@ def load_model(source: Source, dtype: DType = "auto", attn_implementation: str |
             attn_implementation=attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
+            quantization_config=int8_config(empty_model(config) if unequal else None) if quantise else None,
             **trust,
         )
     except Exception as error:  # a broken file ends in any of them: SafetensorError, KeyError, struct.error, …

@@ -18,6 +18,7 @@ from slm_pl.compression.architecture import ARCHITECTURES, num_layers
 from slm_pl.compression.plan import count_parameters, load_plans
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.generation import complete
+from slm_pl.quantization import INT8, compress_first
 from slm_pl.recovery.adapters import LoRA, add_adapters, merge_adapters, say_trainable, train_last_layers
 from slm_pl.recovery.distillation import Distillation
 from slm_pl.recovery.teacher import Teacher
@@ -43,6 +44,9 @@ class CausalLM(RecoveryModule):
         dtype: In which the weights are loaded; ``auto`` is the checkpoint's.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, …; null lets transformers choose.
         trust_remote_code: Run Python code that the checkpoint brings along. Off unless you have read that code.
+        quantization: ``int8``: the weights of the linear maps as int8 with torchao, except those of the language-model
+            head and of experts; for ``test``, ``validate`` and ``predict`` without compression. To compress, train and
+            then quantise, give it to ``callbacks.ExportCheckpoint``. A checkpoint that is quantised needs no switch.
         lora: Adapter settings, or null to train all weights.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's.
@@ -62,6 +66,7 @@ class CausalLM(RecoveryModule):
         dtype: loading.DType = "auto",
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        quantization: loading.Quantization | None = None,
         lora: LoRA | None = LoRA(),  # noqa: B008  frozen
         learning_rate: float = 1e-4,
         weight_decay: float = 0.0,
@@ -81,6 +86,7 @@ class CausalLM(RecoveryModule):
         self.pretrained = pretrained
         self.dtype_name = dtype
         self.attn_implementation = attn_implementation
+        self.quantization = quantization
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
         self.last_layers = last_layers
@@ -103,15 +109,21 @@ class CausalLM(RecoveryModule):
     def load_model(self) -> "PreTrainedModel":
         """The Hugging Face model, loaded on first use; compression callbacks work on it before LoRA wraps it."""
         if self.model is None:
-            self.model = loading.load_model(self.source, self.dtype_name, self.attn_implementation)
+            self.model = loading.load_model(self.source, self.dtype_name, self.attn_implementation, self.quantization)
         return cast("PreTrainedModel", self.model)
 
     def check_run(self, stage: str) -> None:
-        """Refuses, before any work, a run whose results would replace those of an earlier one.
+        """Refuses, before any work, a run that cannot be, or whose results would replace those of an earlier one.
 
         Raises:
-            UsageError: If there are results in the run directory and ``--overwrite`` was not given.
+            UsageError: If quantised weights would be changed, or if there are results in the run directory and
+                ``--overwrite`` was not given.
         """
+        pruning = bool(getattr(self.trainer, "pruning", False))
+        if stage == "fit" or pruning:
+            self.check_unquantised("exported again" if pruning else "trained")
+        elif self.trainer.ckpt_path is not None:
+            self.check_unquantised("replaced by those of a checkpoint")
         path = results_file(self.trainer)
         if stage == "test" and path.exists() and not may_overwrite(self.trainer):
             raise UsageError(
@@ -119,13 +131,35 @@ class CausalLM(RecoveryModule):
                 "--trainer.default_root_dir."
             )
 
+    def check_unquantised(self, work: str) -> None:
+        """Refuses, before the model is loaded, to change weights that are quantised.
+
+        Args:
+            work: What cannot be done to them.
+
+        Raises:
+            UsageError: If they are, in the checkpoint or because ``quantization`` asks for it.
+        """
+        config = self.plain.config if self.model is not None else loading.read_config(self.source)
+        found = loading.quantization_of(config) or (self.quantization and INT8)
+        if found:
+            raise compress_first(self.pretrained, found, work)
+
     def setup(self, stage: str) -> None:
         """Chooses what is trained; without a checkpoint the other stages need no adapter."""
         self.check_run(stage)
         sharding.check_strategy(self.trainer.strategy, stage == "fit")
         if self.model is None and stage == "fit" and sharding.is_sharded(self.trainer.strategy):
             return  # nobody needed the whole model: every process loads its part, in `configure_model`
-        self.load_model()
+        model = self.load_model()
+        if loading.quantization_of(model.config) is not None:
+            if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+                raise UsageError(
+                    f"The weights of {self.pretrained} are quantised, and DeepSpeed is for training. Measure with "
+                    "--trainer.strategy auto (or ddp)."
+                )
+            # Each process has read them by itself, and torch cannot send them to the others.
+            self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_parameters()]
         if stage == "fit" or self.trainer.ckpt_path is not None:
             self._prepare_training()
 

@@ -160,6 +160,42 @@ def test_fit_then_test_then_compare(arguments, inputs, tmp_path, capsys):
     assert (tmp_path / "runs" / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_int8_is_measured_by_switch_and_as_an_export(arguments, inputs, tmp_path, capsys):
+    pytest.importorskip("torchao", reason="torchao is an optional dependency")
+    texts = [{"source": str(inputs / "texts.jsonl"), "sequence_length": 16}, {"source": "embedded", "max_tokens": 512}]
+    hooks = [{"class_path": "callbacks.Perplexity", "init_args": {"texts": texts}}]
+    run, export = tmp_path / "run", tmp_path / "run" / "export"
+    merging = {"class_path": "callbacks.SlidingWindowMerging", "init_args": {"remove_layers": 2}}
+    writing = {"class_path": "callbacks.ExportCheckpoint", "init_args": {"output_dir": str(export)}}
+    int8 = {**writing["init_args"], "output_dir": str(run / "int8"), "quantization": "int8"}
+    main(["prune", *arguments(callbacks=[merging, writing, {**writing, "init_args": int8}])])
+
+    def measure(label: str, model: Path, *more: str, method: tuple = ()) -> dict:
+        where = ("--model.pretrained", str(model), "--trainer.default_root_dir", str(tmp_path / label))
+        main(["test", *arguments(*where, *more, name=f"{label}.yaml", callbacks=[*method, *hooks])])
+        return json.loads((tmp_path / label / "results.json").read_text())
+
+    plain = measure("plain", export)
+    switched = measure("switched", export, "--model.quantization", "int8")
+    # A method that the checkpoint has behind it is passed over; one that it has not is refused.
+    loaded = measure("loaded", run / "int8", method=(merging,))
+    assert "torchao" not in capsys.readouterr().err
+    for name in ("num_layers", "num_parameters", "plan_sha256", "base", "requested_ratio"):
+        assert loaded["model"][name] == switched["model"][name] == plain["model"][name]
+    assert loaded["model"]["num_layers"] == 4
+    for one, same, other in zip(loaded["perplexity"], switched["perplexity"], plain["perplexity"], strict=True):
+        assert one["value"] == same["value"] != other["value"]
+        assert one["value"] == pytest.approx(other["value"], rel=0.02)
+    refused = ["test", *arguments("--model.quantization", "int8", "--overwrite", callbacks=[merging, *hooks])]
+    status, error = failure(capsys, refused)
+    assert status == 1
+    assert "are quantised (int8 weight-only (torchao)) and cannot be cut or merged" in error
+    status, error = failure(capsys, ["fit", *arguments("--model.pretrained", str(run / "int8"), "--overwrite")])
+    assert status == 1
+    assert "cannot be trained" in error
+    assert failure(capsys, ["test", *arguments("--model.quantization", "int4")])[0] == 2
+
+
 def test_predict_writes_completions(arguments, tmp_path):
     main(["predict", *arguments("--model.max_new_tokens", "3")])
     predictions = json.loads((tmp_path / "run" / "predictions.json").read_text())

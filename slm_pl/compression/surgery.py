@@ -55,6 +55,7 @@ from slm_pl.compression.structures import (
     width_layout,
 )
 from slm_pl.errors import UsageError
+from slm_pl.quantization import compress_first, quantization_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -224,10 +225,12 @@ def check(model: "PreTrainedModel", plan: Plan) -> None:
     """Refuses a plan that was not computed on this model, or whose steps do not fit it.
 
     Raises:
-        UsageError: If the model is another one, a step names a layer or unit that does not exist or is touched twice,
-            no layer would be left, or parameters that do not correspond would be mixed.
+        UsageError: If the model is another one, its weights are quantised, a step names a layer or unit that does not
+            exist or is touched twice, no layer would be left, or parameters that do not correspond would be mixed.
     """
     actual = Base.of(model)
+    if (found := quantization_of(model.config)) is not None:
+        raise compress_first(actual.pretrained, found, "cut or merged")
     for name in ("model_type", "num_layers", "num_parameters"):
         got, expected = getattr(actual, name), getattr(plan.base, name)
         if got != expected:

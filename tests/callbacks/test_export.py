@@ -1,4 +1,5 @@
 import os
+import sys
 
 import lightning.pytorch as pl
 import pytest
@@ -8,6 +9,7 @@ from callbacks import ExportCheckpoint
 from slm_pl.compression.plan import Plan
 from slm_pl.errors import UsageError
 from slm_pl.export import load_compressed
+from slm_pl.loading import load_model, quantization_of, resolve
 from tests.helpers.run import Drop, Snapshot, add_adapters, alpaca_data, logits_of, make_module, make_trainer, without
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,3 +128,67 @@ def test_both_directories_must_differ(tmp_path, monkeypatch):
     for other in ("a/b", "a", "a/b/c"):
         with pytest.raises(UsageError, match="output_dir is a/b and compressed_dir is .* neither in the other"):
             ExportCheckpoint("a/b", compressed_dir=str(tmp_path / other))
+
+
+def test_fit_writes_the_recovered_model_as_it_was_asked_for_and_the_compressed_one_as_it_is(pico_dir, tmp_path):
+    pytest.importorskip("torchao", reason="torchao is an optional dependency")
+    module, plain = make_module(pico_dir), tmp_path / "plain"
+    export = ExportCheckpoint(
+        str(tmp_path / "recovered"), str(tmp_path / "pruned"), dtype="bfloat16", quantization="int8"
+    )
+    make_trainer(tmp_path / "run", Drop([1, 4]), ExportCheckpoint(str(plain)), export).fit(
+        module, alpaca_data(tmp_path)
+    )
+    # The model in memory is still what was trained.
+    trained = load_compressed(plain)[0]
+    assert torch.equal(logits_of(module.load_model()), logits_of(trained))
+    assert quantization_of(module.load_model().config) is None
+
+    pruned, _, plans = load_compressed(tmp_path / "pruned")
+    assert torch.equal(logits_of(pruned), logits_of(without(pico_dir, 1, 4)))
+    assert pruned.dtype == torch.float32
+    assert quantization_of(pruned.config) is None
+    recovered, _, theirs = load_compressed(tmp_path / "recovered")
+    assert recovered.dtype == torch.bfloat16
+    assert quantization_of(recovered.config) == "int8 weight-only (torchao)"
+    assert theirs == plans
+    expected = load_model(resolve(str(plain)), "bfloat16", quantization="int8")
+    assert torch.equal(logits_of(recovered), logits_of(expected))
+
+
+def test_prune_writes_it_as_it_was_asked_for(pico_dir, tmp_path, caplog):
+    caplog.set_level("INFO")
+    export = ExportCheckpoint(str(tmp_path / "export"), dtype="bfloat16")
+    make_trainer(tmp_path / "run", Drop([0]), export).prune(make_module(pico_dir), alpaca_data(tmp_path))
+    exported = load_compressed(tmp_path / "export")[0]
+    assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
+    assert "torchao" not in caplog.text
+
+
+def test_prune_to_int8_says_what_loads_it(pico_dir, tmp_path, caplog):
+    pytest.importorskip("torchao", reason="torchao is an optional dependency")
+    caplog.set_level("INFO")
+    export = ExportCheckpoint(str(tmp_path / "export"), quantization="int8")
+    make_trainer(tmp_path / "run", Drop([0]), export).prune(make_module(pico_dir), alpaca_data(tmp_path))
+    assert "Load it with:\n# needs torchao: pip install torchao\nfrom transformers import" in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["fit", "prune"])
+def test_int8_without_torchao_is_refused_before_the_search(stage, pico_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    method = Drop([0])
+    trainer = make_trainer(tmp_path / "run", method, ExportCheckpoint(str(tmp_path / "export"), quantization="int8"))
+    with pytest.raises(
+        UsageError, match=r"ExportCheckpoint with quantization int8 needs torchao .*'.\[quantization\]'"
+    ):
+        getattr(trainer, stage)(make_module(pico_dir), datamodule=alpaca_data(tmp_path))
+    assert method.searches == 0
+    assert not (tmp_path / "export").exists()
+
+
+def test_int8_model_is_not_exported_again(pico_dir, tmp_path):
+    pytest.importorskip("torchao", reason="torchao is an optional dependency")
+    trainer = make_trainer(tmp_path / "run", ExportCheckpoint(str(tmp_path / "export")))
+    with pytest.raises(UsageError, match="are quantised .* and cannot be exported again. Start from"):
+        trainer.prune(make_module(pico_dir, quantization="int8"), alpaca_data(tmp_path))
+    assert not (tmp_path / "export").exists()
