@@ -4,8 +4,16 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+
+
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold a tensor's values: itself or, of a quantised one, its integers and scales."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [plain for name in names for plain in plain_tensors(getattr(tensor, name))]
 
 
 class TensorBytes(TorchDispatchMode):
@@ -25,7 +33,8 @@ class TensorBytes(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        weights = [plain for t in (*model.parameters(), *model.buffers()) for plain in plain_tensors(t)]
+        self._known = {tensor.untyped_storage()._cdata for tensor in weights}
 
     def __torch_dispatch__(
         self,
@@ -36,8 +45,8 @@ class TensorBytes(TorchDispatchMode):
     ) -> object:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
+            for tensor in plain_tensors(leaf) if isinstance(leaf, Tensor) else ():
+                storage = tensor.untyped_storage()
                 if storage._cdata not in self._known:
                     self._known.add(storage._cdata)
                     self.live += storage.nbytes()

@@ -259,6 +259,35 @@ def head_sizes(layer: nn.Module, architecture: Architecture) -> tuple[int, int]:
     return int(size), int(getattr(attention, "num_key_value_groups", 1))  # type: ignore[arg-type]
 
 
+def cache_values(layer: nn.Module, architecture: Architecture) -> int:
+    """How many values one token adds to the key/value cache of a layer: the keys and values of all its KV heads."""
+    maps = dict(attention_of(layer, architecture).named_modules())
+    names = [path.rpartition(".")[2] for path in architecture.attention[:-1]]
+    if any(name not in maps for name in names):
+        return 2  # it lost all its heads, and only counts tokens in the cache
+    rows = [int(maps[name].weight.shape[0]) for name in names]
+    if architecture.attention_order == "separate":
+        return sum(rows[1:])
+    _, queries = head_sizes(layer, architecture)
+    return 2 * rows[0] // (queries + 2)
+
+
+def idle_expert_bytes(model: "PreTrainedModel") -> int:
+    """Bytes of the experts that one token does not use."""
+    architecture = architecture_of(model)
+    config = model.config.get_text_config()
+    total = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not architecture.experts or not total:
+        return 0
+    own = [
+        parameter.numel() * parameter.element_size()
+        for layer in decoder_layers(model)
+        for name, parameter in layer.named_parameters()
+        if name in architecture.experts[1:]  # the router comes first and is always used
+    ]
+    return sum(own) * (total - config.num_experts_per_tok) // total
+
+
 def accepts(model: "PreTrainedModel", heads: int | None = None, channels: int | None = None) -> bool:
     """Whether the stock config takes so many query heads, or channels of the hidden state; some ask for a multiple.
 

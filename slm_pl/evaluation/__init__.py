@@ -5,7 +5,6 @@ None of them moves the model, changes its weights or leaves it in another mode t
 """
 
 from slm_pl.evaluation.drift import DriftResult, OutputHead, Reference, drift, reference_states
-from slm_pl.evaluation.efficiency.generation import measure_generation
 from slm_pl.evaluation.efficiency.record import EfficiencyResult, PeakMemory, Spread
 from slm_pl.evaluation.generation import Examples, GenerationProtocol, ModelCompletions, complete
 from slm_pl.evaluation.harness import EMBEDDED_TASK, SEVEN_TASKS, task_prompts
@@ -32,7 +31,6 @@ __all__ = [
     "ZeroShotResult",
     "complete",
     "drift",
-    "measure_generation",
     "perplexity",
     "reference_states",
     "representation_similarity",

@@ -273,6 +273,7 @@ class Paired:
         baseline_latency_s: Seconds of the baseline in these runs.
         latency_s: Seconds of this model in these runs.
         promise: What there is to expect.
+        baseline_time_to_first_token_s: As ``baseline_latency_s``, of the prefill.
     """
 
     baseline: str
@@ -284,6 +285,7 @@ class Paired:
     baseline_latency_s: Spread
     latency_s: Spread
     promise: Promise
+    baseline_time_to_first_token_s: Spread | None = None
 
 
 @dataclass(frozen=True)

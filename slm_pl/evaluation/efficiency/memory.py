@@ -1,0 +1,114 @@
+"""How much memory a model and its runs take."""
+
+import contextlib
+import ctypes
+import gc
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from slm_pl.compression.architecture import ARCHITECTURES, cache_values, decoder_layers
+from slm_pl.evaluation.efficiency.record import PeakMemory
+from slm_pl.memory import plain_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of tensors, each storage once; quantised tensors count as they are stored."""
+    storages = {}
+    for tensor in tensors:
+        for plain in plain_tensors(tensor):
+            storage = plain.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return tensor_bytes([*model.parameters(), *model.buffers()])
+
+
+def cache_bytes(model: "PreTrainedModel", batch_size: int, tokens: int, static: bool = False) -> int | None:
+    """Bytes of a key/value cache, by arithmetic.
+
+    Args:
+        model: Its layers may differ in width, and in how far back they look.
+        batch_size: Rows.
+        tokens: Of each row.
+        static: Whether it has its length from the start; else it grows with its tokens.
+
+    Returns:
+        The bytes; None if the architecture is not known.
+    """
+    if model.config.model_type not in ARCHITECTURES:
+        return None
+    architecture = ARCHITECTURES[model.config.model_type]
+    values = 0
+    for layer, window in zip(decoder_layers(model), _windows(model), strict=True):
+        # A layer with a window keeps what the next token will see of the past; from the start, room for that one, too.
+        kept = tokens if window is None else min(tokens, window if static else window - 1)
+        values += kept * cache_values(layer, architecture)
+    return values * batch_size * model.dtype.itemsize
+
+
+def _windows(model: "PreTrainedModel") -> list[int | None]:
+    """How many tokens each layer attends to; None for all."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    layers = len(decoder_layers(model))
+    kinds = getattr(config, "layer_types", None) or [None if window is None else "sliding_attention"] * layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that programs can still take, where the system tells."""
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return None
+    for line in info.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+class PeakMeter:
+    """Peak memory between ``reset`` and ``read``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reason = f"no peak memory counter for device {device.type!r} on this system"
+
+    def reset(self) -> None:
+        """Starts anew from what is in use now."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # else what an earlier run reserved would count as reserved by this one
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.device.type == "cpu":
+            # Freed memory that the allocator keeps would count as used; only glibc can be told to give it back.
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+            try:
+                # Sets the high-water mark of the resident set to its present size: man 5 proc, /proc/pid/clear_refs.
+                Path("/proc/self/clear_refs").write_text("5")
+                self.reason = ""
+            except OSError as error:
+                self.reason = f"the process's peak resident set cannot be reset: {error}"
+
+    def read(self) -> tuple[PeakMemory | None, str]:
+        """The peak, or None and why."""
+        if self.device.type == "cuda":
+            allocated = torch.cuda.max_memory_allocated(self.device)
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            return PeakMemory(allocated, "torch.cuda.max_memory_allocated", reserved), ""
+        if self.reason:
+            return None, self.reason
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return PeakMemory(int(line.split()[1]) * 1024, "process peak resident set (VmHWM)"), ""
+        return None, "the system does not report a peak resident set (VmHWM)"
