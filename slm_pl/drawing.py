@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,12 @@ def shortened(text: str, most: int) -> str:
     """A text of at most so many characters; halves of surrogate pairs, which cannot be drawn, become ``?``."""
     text = text[: most + 1].encode(errors="replace").decode()
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def wrapped(text: str, width: int) -> str:
+    """A text as up to three lines of this many characters."""
+    lines = textwrap.wrap(text, width)
+    return "\n".join(lines[:3]) + ("…" if len(lines) > 3 else "")
 
 
 def plain(axes: "Axes") -> None:

@@ -2,11 +2,10 @@
 
 import dataclasses
 import math
-import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from slm_pl.drawing import COLOURS, GREY, new_figure, plain_text, to_png
+from slm_pl.drawing import COLOURS, GREY, new_figure, plain_text, to_png, wrapped
 from slm_pl.report.comparison import Comparison
 from slm_pl.report.figures import UNITS, cell_text
 from slm_pl.report.rows import Row
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 def _panels(rows: list[Row]) -> list[Row]:
     """The rows worth a picture: what was kept, what it cost and what it brought."""
-    rows = [row for row in rows if row.place == "table"]
+    rows = [row for row in rows if row.drawn]
 
     def first(of: Callable[[Row], bool], most: int = 1) -> list[Row]:
         return [row for row in rows if of(row)][:most]
@@ -107,16 +106,11 @@ def _draw_panel(axes: "Axes", row: Row, labels: list[str]) -> None:
     # No ticks in the room for the values: accuracy has no 120 %.
     axes.set_xticks([tick for tick in axes.get_xticks() if start <= tick <= 1.02 * end])
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_yticks(range(len(labels)), [_wrapped(label, 20) for label in labels], fontsize=9)
+    axes.set_yticks(range(len(labels)), [wrapped(label, 20) for label in labels], fontsize=9)
     name, _, setting = row.title.partition(" (")
     notes = [setting.rstrip(")")] * bool(setting) + ["log scale"] * logarithmic
-    axes.set_title(_wrapped(f"{name}{unit}", 36), fontsize=10, loc="left", fontweight="bold")
+    axes.set_title(wrapped(f"{name}{unit}", 36), fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel("; ".join(notes), fontsize=8, color=GREY, loc="left")
     axes.tick_params(axis="x", labelsize=8, colors=GREY)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _wrapped(label: str, width: int) -> str:
-    lines = textwrap.wrap(label, width)
-    return "\n".join(lines[:3]) + ("…" if len(lines) > 3 else "")

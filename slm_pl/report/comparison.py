@@ -11,13 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm_pl.errors import UsageError
-from slm_pl.evaluation.efficiency.record import EfficiencyResult, Spread
 from slm_pl.evaluation.perplexity import PerplexityResult
 from slm_pl.evaluation.zero_shot import TaskResult, ZeroShotResult
 from slm_pl.report import bases, protocols
+from slm_pl.report.generation_rows import generation_rows
+from slm_pl.report.matching import Figure, cell_of, figure, lined_up
 from slm_pl.report.ranking import with_marks, with_ratios
-from slm_pl.report.rows import MACHINE, Cell, Place, Protocol, Quantity, Row, one_line
+from slm_pl.report.rows import MACHINE, Cell, Protocol, Quantity, Row, one_line
 from slm_pl.results import Results
+
+_SHOWN: frozenset[Quantity] = frozenset({"parameters", "rate", "macs", "size"})
+"""Quantities whose ratio to the dense model's says more than the figure."""
 
 
 @dataclass(frozen=True)
@@ -106,48 +110,18 @@ def _last_export(records: list[Results]) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Figure:
-    """A figure of one model on its way into a row.
-
-    Args:
-        subject: What was measured, however it was measured.
-        row: The row that it belongs to, still without cells.
-        cell: The figure.
-        differences: Tells in what its protocol differs from another one.
-    """
-
-    subject: str
-    row: Row
-    cell: Cell
-    differences: Callable[[Protocol], str]
-
-
-def _figure(
-    subject: str,
-    name: str,
-    title: str,
-    quantity: Quantity,
-    protocol: Protocol,
-    cell: Cell,
-    place: Place = "table",
-    exact: dict[str, str] | None = None,
-) -> _Figure:
-    row = Row(name, one_line(title), quantity, [], protocol, place)
-    return _Figure(subject, row, cell, lambda here: protocols.differences(protocol, here, exact))
-
-
 def _rows(records: list[Results], baselines: list[int | None]) -> list[Row]:
     rows = [
         Row("num_layers", "Decoder layers", "count", [Cell(record.model.num_layers) for record in records]),
         Row("num_parameters", "Parameters", "parameters", [Cell(record.model.num_parameters) for record in records]),
         *_requested_rows(records),
-        *_lined_up(records, "perplexity", _perplexities),
-        *_lined_up(records, "perplexity", _word_perplexities),
-        *_lined_up(records, "zero_shot", _tasks),
-        *_lined_up(records, "zero_shot", _means),
-        *_lined_up(records, "drift", _drifts),
-        *_lined_up(records, "efficiency", _generations),
+        *_weight_rows(records),
+        *lined_up(records, _perplexities, _reason_in("perplexity")),
+        *lined_up(records, _word_perplexities, _reason_in("perplexity")),
+        *lined_up(records, _tasks, _reason_in("zero_shot")),
+        *lined_up(records, _means, _reason_in("zero_shot")),
+        *lined_up(records, _drifts, _reason_in("drift")),
+        *generation_rows(records),
     ]
     rows = [with_ratios(row, baselines) for row in rows]
     competing = [record.model.plan_sha256 is not None for record in records]
@@ -163,9 +137,7 @@ def _rows(records: list[Results], baselines: list[int | None]) -> list[Row]:
         next((row.name for row in rows if row.name.startswith(start)), "")
         for start in ("perplexity.", "zero_shot.mean.")
     }
-    return [
-        dataclasses.replace(row, show_ratio=row.quantity in ("parameters", "rate") or row.name in shown) for row in rows
-    ]
+    return [dataclasses.replace(row, show_ratio=row.quantity in _SHOWN or row.name in shown) for row in rows]
 
 
 def _requested_rows(records: list[Results]) -> list[Row]:
@@ -178,62 +150,27 @@ def _requested_rows(records: list[Results]) -> list[Row]:
     return [Row("requested_ratio", "Removal asked for", "share", cells)]
 
 
-def _lined_up(records: list[Results], room: str, figures_of: Callable[[Results], Iterable[_Figure]]) -> list[Row]:
-    """Puts figures of the same protocol into rows, and the reason into the cells of models that lack one."""
-    found = [{_key(figure.row): figure for figure in figures_of(record)} for record in records]
-    rows = []
-    for key in dict.fromkeys(key for one in found for key in one):
-        same = [one[key] for one in found if key in one]
-        row = next((figure.row for figure in same if figure.row.place != "data"), same[0].row)
-        cells = [
-            one[key].cell if key in one else _absent(record, room, same[0], list(one.values()))
-            for record, one in zip(records, found, strict=True)
-        ]
-        rows.append(dataclasses.replace(row, cells=cells))
-    return _told_apart(rows)
+def _weight_rows(records: list[Results]) -> list[Row]:
+    """What the weights are stored as, where the models differ in it."""
+    texts = [one_line(protocols.weights_text(record)) for record in records]
+    if len(set(texts)) < 2:
+        return []
+    return [Row("weights", "Weights", "text", [Cell(None, text=text) for text in texts])]
 
 
-def _key(row: Row) -> tuple[str, str]:
-    return row.name, protocols.frozen(row.protocol)
+def _reason_in(room: str) -> Callable[[Results, Row], str | None]:
+    """The reason that a hook left for a part of the record."""
 
+    def reason_of(record: Results, row: Row) -> str | None:
+        # Of one text and length, or of all of it.
+        for key in (f"{room} {row.protocol.get('corpus')} @ {row.protocol.get('sequence_length')}", room):
+            if key in record.missing:
+                return record.missing[key]
+        if room == "drift" and record.model.plan_sha256 is None and not record.drift:
+            return "it is the distance from the dense model"
+        return None
 
-def _absent(record: Results, room: str, wanted: _Figure, own: list[_Figure]) -> Cell:
-    """The cell of a model that was not measured with a row's protocol."""
-    protocol = wanted.row.protocol
-    # The keys that hooks leave: of one text and length, and of all of it.
-    for key in (f"{room} {protocol.get('corpus')} @ {protocol.get('sequence_length')}", room):
-        if key in record.missing:
-            return Cell(None, reason=one_line(record.missing[key]))
-    same = [figure for figure in own if figure.subject == wanted.subject]
-    if same:
-        nearest = min(same, key=lambda figure: len(protocols.differing_fields(figure.row.protocol, protocol)))
-        return Cell(None, reason=one_line(f"measured with {nearest.differences(protocol)}"))
-    if room == "drift" and record.model.plan_sha256 is None:
-        return Cell(None, reason="it is the distance from the dense model")
-    return Cell(None, reason="not measured")
-
-
-def _told_apart(rows: list[Row]) -> list[Row]:
-    """Adds to equal titles what the rows' protocols differ in."""
-    titles = [row.title for row in rows]
-    apart = []
-    for row in rows:
-        others = [other.protocol for other in rows if other.title == row.title and other is not row]
-        if titles.count(row.title) > 1:
-            fields = dict.fromkeys(name for other in others for name in protocols.differing_fields(other, row.protocol))
-            if all(isinstance(row.protocol[name], dict) for name in fields):  # a mean's tasks
-                told = f"protocol {protocols.fingerprint(row.protocol)}"
-            else:
-                told = ", ".join(protocols.field_text(name, row.protocol[name]) for name in fields)
-            row = dataclasses.replace(row, title=one_line(f"{row.title.removesuffix(')')}, {told})"))
-        apart.append(row)
-    return apart
-
-
-def _cell(record: Results, place: str, value: float | None, stderr: float | None = None, n: int | None = None) -> Cell:
-    if value is None or not math.isfinite(value):
-        return Cell(None, reason=one_line(record.missing.get(place, "not a finite number")))
-    return Cell(value, stderr if stderr is not None and math.isfinite(stderr) else None, n=n)
+    return reason_of
 
 
 def _window_notes(protocol: Protocol) -> tuple[str, str]:
@@ -252,34 +189,34 @@ def _window_notes(protocol: Protocol) -> tuple[str, str]:
     return title, name
 
 
-def _perplexities(record: Results) -> Iterable[_Figure]:
+def _perplexities(record: Results) -> Iterable[Figure]:
     for index, one in enumerate(record.perplexity):
         protocol = protocols.perplexity_protocol(one)
         title, name = _window_notes(protocol)
-        yield _figure(
+        yield figure(
             one.corpus,
             f"perplexity.{one.corpus}.{one.sequence_length}.{one.bos}.{one.tokens}{name}",
             f"Perplexity {one.corpus} @ {one.sequence_length} ({one.tokens:,} tokens{title})",
             "perplexity",
             protocol,
-            _cell(record, f"perplexity[{index}].value", one.value, one.stderr, one.tokens),
+            cell_of(record, f"perplexity[{index}].value", one.value, one.stderr, one.tokens),
         )
 
 
-def _word_perplexities(record: Results) -> Iterable[_Figure]:
+def _word_perplexities(record: Results) -> Iterable[Figure]:
     for index, one in enumerate(record.perplexity):
         place = f"perplexity[{index}].word_value"
         if one.words is None or (one.word_value is None and place not in record.missing):
             continue
         protocol = protocols.word_protocol(one)
         title, name = _window_notes(protocol)
-        yield _figure(
+        yield figure(
             one.corpus,
             f"word_perplexity.{one.corpus}.{one.sequence_length}.{one.bos}.{one.words}{name}",
             f"Word perplexity {one.corpus} @ {one.sequence_length} ({one.words:,} words{title})",
             "perplexity",
             protocol,
-            _cell(record, place, one.word_value, word_stderr(one), one.words),
+            cell_of(record, place, one.word_value, word_stderr(one), one.words),
             place="page",
             exact={} if one.tail == "keep" else {"words": f"words {one.words} (tail: keep would cover the whole text)"},
         )
@@ -295,7 +232,7 @@ def word_stderr(one: PerplexityResult) -> float | None:
     return one.word_value * math.log(one.word_value) / math.log(one.value) * one.stderr / one.value
 
 
-def _tasks(record: Results) -> Iterable[_Figure]:
+def _tasks(record: Results) -> Iterable[Figure]:
     result = record.zero_shot
     if result is None:
         return
@@ -304,13 +241,13 @@ def _tasks(record: Results) -> Iterable[_Figure]:
             reported = metric == one.metric
             protocol = protocols.task_protocol(result, one, metric)
             value, stderr = (one.value, one.stderr) if reported else (one.all[metric], one.stderrs.get(metric))
-            yield _figure(
+            yield figure(
                 f"{task} {metric}",
                 f"zero_shot.{task}.{metric}.{one.n}{_task_name(protocol)}",
                 f"{task}, {metric} (n = {one.n:,}{_task_notes(protocol)})",
                 "accuracy" if protocols.is_share(metric) else "number",
                 protocol,
-                _cell(record, f"zero_shot.tasks.{task}.value" if reported else "", value, stderr, one.n),
+                cell_of(record, f"zero_shot.tasks.{task}.value" if reported else "", value, stderr, one.n),
                 place="table" if reported else "data",
                 exact=_exact(result, one),
             )
@@ -341,7 +278,7 @@ def _task_name(protocol: Protocol) -> str:
     return "".join(f".{part}" for part in parts)
 
 
-def _means(record: Results) -> Iterable[_Figure]:
+def _means(record: Results) -> Iterable[Figure]:
     result = record.zero_shot
     if result is None or not result.tasks or not (result.mean_of or math.isfinite(result.mean)):
         return  # a record from before it named the tasks has at least their mean
@@ -358,66 +295,30 @@ def _means(record: Results) -> Iterable[_Figure]:
         [],
         protocol,
     )
-    cell = _cell(record, "zero_shot.mean", result.mean, result.mean_stderr, questions)
-    yield _Figure("mean", row, cell, lambda here: protocols.mean_differences(protocol, here, exact))
+    cell = cell_of(record, "zero_shot.mean", result.mean, result.mean_stderr, questions)
+    yield Figure("mean", row, cell, lambda here: protocols.mean_differences(protocol, here, exact))
 
 
-def _drifts(record: Results) -> Iterable[_Figure]:
+def _drifts(record: Results) -> Iterable[Figure]:
     for index, one in enumerate(record.drift):
         protocol = protocols.drift_protocol(one)
         title, name = _window_notes(protocol)
         name = f"{one.corpus}.{one.sequence_length}.{one.bos}.{one.tokens}{name}.{protocols.short(one.reference)}"
         title = f"({one.corpus} @ {one.sequence_length}{title})"
-        yield _figure(
+        yield figure(
             f"kl {one.corpus}",
             f"drift.kl.{name}",
             f"KL from dense, nats {title}",
             "divergence",
             protocol,
-            _cell(record, f"drift[{index}].kl", one.kl, one.kl_stderr, one.tokens),
+            cell_of(record, f"drift[{index}].kl", one.kl, one.kl_stderr, one.tokens),
         )
-        yield _figure(
+        yield figure(
             f"top1 {one.corpus}",
             f"drift.top1_agreement.{name}",
             f"Top-1 agreement with dense {title}",
             "agreement",
             protocol,
-            _cell(record, f"drift[{index}].top1_agreement", one.top1_agreement, one.top1_stderr, one.tokens),
+            cell_of(record, f"drift[{index}].top1_agreement", one.top1_agreement, one.top1_stderr, one.tokens),
             place="page",
         )
-
-
-_SPREADS: tuple[tuple[str, str, Quantity, Callable[[EfficiencyResult], Spread]], ...] = (
-    ("latency_s", "Latency, median", "seconds", lambda one: one.latency_s),
-    ("time_to_first_token_s", "Time to first token, median", "seconds", lambda one: one.time_to_first_token_s),
-    ("output_tokens_per_s", "Output tokens/s, median", "rate", lambda one: one.output_tokens_per_s),
-)
-
-
-def _generations(record: Results) -> Iterable[_Figure]:
-    for index, one in enumerate(record.efficiency):
-        protocol = protocols.generation_protocol(one)
-        setting = f"batch {one.batch_size}, {one.prompt_tokens} + {one.new_tokens} tokens"
-        name = f"efficiency.{one.protocol}.{one.batch_size}.{one.prompt_tokens}.{one.new_tokens}"
-        for figure, title, quantity, spread_of in _SPREADS:
-            spread = spread_of(one)
-            cell = _cell(record, f"efficiency[{index}].{figure}.median", spread.median, n=one.repeats)
-            if math.isfinite(spread.stdev):
-                cell = dataclasses.replace(cell, spread=spread.stdev)
-            yield _figure(figure, f"{name}.{figure}", f"{title} ({setting})", quantity, protocol, cell)
-        yield _figure(
-            "peak_memory_bytes",
-            f"{name}.peak_memory_bytes",
-            f"Peak memory ({setting})",
-            "bytes",
-            protocol,
-            _memory_cell(record, index),
-        )
-
-
-def _memory_cell(record: Results, index: int) -> Cell:
-    peak = record.efficiency[index].peak_memory_bytes
-    if peak is None:
-        reason = record.missing.get(f"efficiency[{index}].peak_memory_bytes", "not measured")
-        return Cell(None, reason=one_line(reason))
-    return Cell(peak.max)

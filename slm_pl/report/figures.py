@@ -13,10 +13,18 @@ UNITS: dict[Quantity, tuple[float, str]] = {
     "rate": (1, ""),
     "bytes": (2**20, " (MiB)"),
     "share": (0.01, " (%)"),
+    "joules": (1, " (J)"),
+    "macs": (1e6, " (million)"),
+    "size": (2**10, " (KiB)"),
+    "speedup": (1, " (×)"),
+    "promise": (1, " (×)"),
     "number": (1, ""),
+    "text": (1, ""),
 }
 """What axes are labelled in: the unit's size and name."""
 
+_SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+_COUNTS = ((10**12, "T"), (10**9, "G"), (10**6, "M"))
 _MOST_TIMES = 1000  # a ratio beyond says only that nothing is left
 
 
@@ -39,6 +47,16 @@ def number_text(value: float, quantity: Quantity) -> str:
         return f"{value:,.1f}"
     if quantity == "bytes":
         return f"{value / 2**30:,.1f} GiB" if value >= 10 * 2**30 else f"{value / 2**20:,.0f} MiB"
+    if quantity == "size":
+        least, unit = next(((least, unit) for least, unit in _SIZES if value >= least), (1, ""))
+        return f"{value / least:,.1f} {unit}" if unit else f"{value:,.0f} B"
+    if quantity == "joules":
+        return f"{value:,.2f} J" if value >= 1 else f"{1000 * value:,.1f} mJ"
+    if quantity == "macs":
+        least, unit = next(((least, unit) for least, unit in _COUNTS if value >= least), (1, ""))
+        return f"{value / least:,.2f} {unit}" if unit else f"{value:,.0f}"
+    if quantity in ("speedup", "promise"):
+        return f"{value:,.2f}×"
     return f"{value:.4g}"
 
 
@@ -48,7 +66,7 @@ def _rounded(value: float) -> str:
 
 def ratio_text(ratio: float, quantity: Quantity) -> str:
     """A ratio to the dense model's figure: a share of what can only shrink, times for what can grow."""
-    if quantity in ("parameters", "accuracy"):
+    if quantity in ("parameters", "accuracy", "macs", "size"):
         return f"{100 * ratio:.1f} %"
     if ratio > _MOST_TIMES:
         return f">{_MOST_TIMES:,}×"
@@ -56,10 +74,12 @@ def ratio_text(ratio: float, quantity: Quantity) -> str:
 
 
 def figure_text(cell: Cell, quantity: Quantity) -> str:
-    """A figure with its standard error."""
+    """A figure with its standard error or its interval."""
     if cell.value is None:
-        return "–"
+        return "–" if cell.text is None else cell.text
     text = number_text(cell.value, quantity)
+    if cell.low is not None and cell.high is not None:
+        return f"{text} [{cell.low:,.2f}, {cell.high:,.2f}]"
     if cell.stderr is None:
         return text
     if quantity in ("accuracy", "agreement"):

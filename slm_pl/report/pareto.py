@@ -58,7 +58,7 @@ def panels_of(comparison: Comparison) -> list[list[Panel]]:
 
     Of several rows of a kind it is the one that most models have; of equals the first.
     """
-    rows = [row for row in comparison.rows if row.place == "table"]
+    rows = [row for row in comparison.rows if row.drawn]
 
     def most(of: Callable[[Row], bool], models: Callable[[Row], int]) -> list[Row]:
         chosen = max((row for row in rows if of(row)), key=models, default=None)
@@ -124,7 +124,7 @@ def pareto_plot(comparison: Comparison) -> bytes | None:
         for panel, axes in zip(grid[-1], all_axes[-1], strict=True):
             axes.set_xlabel(f"← {_name(panel.cost)}", fontsize=9)
         for panel, axes in zip(grid[0], all_axes[0], strict=True):
-            if panel.cost.quantity == "seconds" and panel.points:
+            if panel.points and panel.cost.quantity == "seconds" and panel.cost.protocol["new_tokens"]:
                 _tokens_on_top(axes, panel.cost)
         ruined = any(p.y > edge for panels, edge in zip(grid, edges, strict=True) for one in panels for p in one.points)
         _add_legend(figure, labels, in_line, ruined)

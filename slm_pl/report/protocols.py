@@ -14,6 +14,8 @@ from slm_pl.results import Results
 
 HARNESS = "lm_eval 0.4"
 """The usual series of harness versions: only another one is in a title."""
+CACHE = "dynamic"
+"""The usual key/value cache."""
 
 # Fields of a protocol, as people call them. An absent hash or version is unknown, anything else absent is "none".
 _NAMES = {"sha256": "tokens hash", "requests_sha256": "requests hash", "version": "task version"}
@@ -81,13 +83,61 @@ def mean_tasks(result: ZeroShotResult) -> dict[str, TaskResult]:
 
 
 def generation_protocol(one: EfficiencyResult) -> Protocol:
-    """Of speed and memory."""
+    """Of speed and memory.
+
+    A record from before the runtime was written was measured with what were the only values then. Attention and the
+    quantisation of weights belong to the model: they are told, but keep nothing out of a row.
+    """
+    runtime = one.runtime
     return {
         "protocol": one.protocol,
         "batch_size": one.batch_size,
         "prompt_tokens": one.prompt_tokens,
         "new_tokens": one.new_tokens,
+        "sampling": (runtime and runtime.sampling) or usual_sampling(one),
+        "cache": runtime.cache if runtime else CACHE,
+        "compile": runtime.compile if runtime else False,
+        "sdpa_backend": runtime.sdpa_backend if runtime else None,
     }
+
+
+def usual_sampling(one: EfficiencyResult) -> str:
+    """How a protocol chooses the next token, unless a record says otherwise; a forward pass chooses none."""
+    return "sampled" if one.protocol == "shortened_llama" else "greedy"
+
+
+def setting_text(one: EfficiencyResult) -> str:
+    """A grid point, as people read it: ``batch 1, 12 + 128 tokens``."""
+    return f"batch {one.batch_size}, {tokens_text(one)}"
+
+
+def tokens_text(one: EfficiencyResult) -> str:
+    """What a grid point reads and makes, and what is unusual of how: ``12 + 128 tokens, static cache``."""
+    made = f" + {one.new_tokens:,}" if one.new_tokens else ""
+    return ", ".join([f"{one.prompt_tokens:,}{made} tokens", *runtime_notes(one)])
+
+
+def runtime_notes(one: EfficiencyResult) -> list[str]:
+    """What is unusual of how a model was run, for titles and names."""
+    protocol = generation_protocol(one)
+    notes = [str(protocol["sampling"])] if protocol["sampling"] != usual_sampling(one) else []
+    notes += [f"{protocol['cache']} cache"] if protocol["cache"] != CACHE else []
+    notes += ["compiled"] if protocol["compile"] else []
+    return notes + ([f"SDPA {protocol['sdpa_backend']}"] if protocol["sdpa_backend"] is not None else [])
+
+
+def quantization_of(record: Results) -> str | None:
+    """How a model's weights are quantised, as far as its record says."""
+    return next((one.runtime.quantization for one in record.efficiency if one.runtime), None)
+
+
+def weights_text(record: Results) -> str:
+    """What a model's weights are stored as."""
+    quantization = quantization_of(record)
+    if quantization is None:
+        return record.environment.dtype
+    dtypes = [one.runtime.dtype for one in record.efficiency if one.runtime]
+    return f"{dtypes[0]}, {quantization}"
 
 
 def harness_series(harness: str) -> str:
@@ -199,7 +249,7 @@ def warnings_of(labels: list[str], records: list[Results]) -> list[str]:
     )
     differing("zero-shot protocol", _zero_shot_text, "only figures in one row compare")
     # The same dtypes as the environments' were warned of.
-    if [_zero_shot_dtype(record) for record in records] != [record.environment.dtype for record in records]:
+    if [_zero_shot_dtype(record) for record in records] != [_dtype(record) for record in records]:
         differing("zero-shot dtype", _zero_shot_dtype, "the last digits of accuracies do not compare")
     differing(
         "zero-shot batch size",
@@ -211,31 +261,18 @@ def warnings_of(labels: list[str], records: list[Results]) -> list[str]:
         lambda record: sorted({one.reference for one in record.drift}),
         "only figures in one row compare",
     )
-    differing(
-        "generation protocol",
-        lambda record: sorted(
-            f"{one.protocol}, batch {one.batch_size}, {one.prompt_tokens} + {one.new_tokens} tokens, "
-            f"{one.warmup} warm-up, {one.repeats} repeats"
-            for one in record.efficiency
-        ),
-        "only figures in one row compare",
-    )
+    warnings += _generation_warning(labels, records)
+    differing("attention", _attention, _SPEED)
     differing("memory counted", _memory_source, "peak memory does not compare")
     return warnings
 
 
 def same_machine(records: Sequence[Results], quantity: Quantity) -> bool:
-    """Whether speed or memory of these records was measured in the same surroundings."""
-    machines = {
-        (
-            record.environment.packages.get("torch"),
-            tuple(_memory_source(record)) if quantity == "bytes" else None,
-            *(of(record) for _, of in _MACHINE),
-        )
-        for record in records
-        if record.efficiency
-    }
-    return len(machines) < 2
+    """Whether speed or memory of these records was measured in the same surroundings, as far as they say."""
+    aspects = [lambda record: record.environment.packages.get("torch"), _attention, *(of for _, of in _MACHINE)]
+    aspects += [_memory_source] if quantity == "bytes" else []
+    measured = [record for record in records if record.efficiency]
+    return all(len({repr(of(record)) for record in measured if of(record)}) < 2 for of in aspects)
 
 
 _SPEED = "speed and memory do not compare"
@@ -243,8 +280,67 @@ _MACHINE: tuple[tuple[str, Callable[[Results], object]], ...] = (
     ("device", lambda record: record.environment.device),
     ("device name", lambda record: record.environment.device_name),
     ("threads", lambda record: record.environment.threads),
-    ("dtype", lambda record: record.environment.dtype),
+    ("dtype", lambda record: _dtype(record)),
 )
+
+
+def _dtype(record: Results) -> str | None:
+    """A model's dtype; None of a quantised one: to be stored in other bits than the others is what it is for."""
+    return record.environment.dtype if quantization_of(record) is None else None
+
+
+def _attention(record: Results) -> list[str]:
+    return sorted({one.runtime.attention for one in record.efficiency if one.runtime and one.runtime.attention})
+
+
+# Fields of a grid, as people call them.
+_GRID: dict[str, str] = {
+    "protocol": "protocol",
+    "batch_size": "batch",
+    "prompt_tokens": "prompt tokens",
+    "new_tokens": "new tokens",
+    "sampling": "sampling",
+    "cache": "cache",
+    "compile": "compile",
+    "sdpa_backend": "SDPA kernels",
+    "warmup": "warm-up",
+    "repeats": "repeats",
+}
+_MOST_POINTS = 3
+
+
+def _generation_warning(labels: list[str], records: list[Results]) -> list[str]:
+    """In what the grids differ: field by field, for a list of all points would be long."""
+    grids = {
+        label: [{**generation_protocol(one), "warmup": one.warmup, "repeats": one.repeats} for one in record.efficiency]
+        for label, record in zip(labels, records, strict=True)
+        if record.efficiency
+    }
+    values = {
+        label: {name: dict.fromkeys(one[name] for one in grid) for name in _GRID} for label, grid in grids.items()
+    }
+    first = next(iter(values.values()), {})
+    differing = [name for name in _GRID if any(one[name] != first[name] for one in values.values())]
+    texts = {
+        label: " and ".join(f"{_GRID[name]} {_plain([value_text(name, v) for v in one[name]])}" for name in differing)
+        for label, one in values.items()
+    }
+    if not differing:
+        points = {label: {frozen(one): _point_text(one) for one in grid} for label, grid in grids.items()}
+        shared = set.intersection(*(set(of) for of in points.values())) if points else set()
+        own = {label: [text for key, text in of.items() if key not in shared] for label, of in points.items()}
+        if not any(own.values()):
+            return []
+        texts = {
+            label: ", ".join(of[:_MOST_POINTS]) + f" and {len(of) - _MOST_POINTS} more" * (len(of) > _MOST_POINTS)
+            for label, of in own.items()
+        }
+    each = "; ".join(f"{label}: {text or 'nothing else'}" for label, text in texts.items())
+    return [f"The records differ in generation protocol ({each}): only figures in one row compare."]
+
+
+def _point_text(point: Protocol) -> str:
+    return f"batch {point['batch_size']} with {point['prompt_tokens']} + {point['new_tokens']} tokens"
 
 
 def _zero_shot_text(record: Results) -> object:
@@ -256,7 +352,7 @@ def _zero_shot_text(record: Results) -> object:
 
 
 def _zero_shot_dtype(record: Results) -> str | None:
-    return record.zero_shot.dtype if record.zero_shot else None
+    return record.zero_shot.dtype if record.zero_shot and quantization_of(record) is None else None
 
 
 def _memory_source(record: Results) -> list[str]:

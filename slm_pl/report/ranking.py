@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from slm_pl.report.figures import number_text
 from slm_pl.report.rows import LESS_IS_BETTER, MORE_IS_BETTER, Cell, Quantity, Row
 
-RATIOS: frozenset[Quantity] = frozenset({"parameters", "perplexity", "accuracy", "rate"})
+RATIOS: frozenset[Quantity] = frozenset({"parameters", "perplexity", "accuracy", "rate", "macs", "size"})
 """What is also told as a ratio to the dense baseline's."""
 
 
@@ -63,4 +63,6 @@ def _tied(best: Cell, cell: Cell, quantity: Quantity) -> bool:
     if quantity == "perplexity" and a > 0:
         # The error is one of the mean loss, the logarithm: a ruined model's perplexity with its large error is no tie.
         return math.log(b / a) < math.hypot(best.error / a, cell.error / b)
+    if best.low is not None and cell.high is not None:
+        return cell.high >= best.low  # more is better of all that has an interval
     return abs(a - b) < math.hypot(best.error, cell.error)

@@ -6,16 +6,21 @@ import io
 import json
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slm_pl.report.comparison import Comparison
 from slm_pl.report.figures import cell_text
 from slm_pl.report.ranking import RATIOS
-from slm_pl.report.rows import Cell, Mark, Row, one_line
+from slm_pl.report.rows import Cell, Mark, Place, Quantity, Row, one_line
 from slm_pl.results import SCHEMA_VERSION, Results
 
 WIDEST = 5  # models beside each other; more stand below each other
 TIE = "≈"
+_COUNTED: frozenset[Quantity] = frozenset(
+    {"seconds", "rate", "perplexity", "accuracy", "agreement", "divergence", "number", "speedup"}
+)
+"""Quantities behind which there is a number of questions, tokens or runs."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,13 @@ class Entry:
         text: The figure, or a dash.
         mark: Whether it is the best, or a tie with it.
         note: Number of the footnote that says why there is none.
+        foreign: Whether the text comes from a file, and may hold anything.
     """
 
     text: str
     mark: Mark | None = None
     note: int | None = None
+    foreign: bool = False
 
     @property
     def noted(self) -> str:
@@ -63,7 +70,7 @@ def entries(rows: list[Row]) -> tuple[list[list[Entry]], list[str]]:
         if cell.reason is not None and cell.reason not in notes:
             notes.append(cell.reason)
         note = None if cell.reason is None else notes.index(cell.reason) + 1
-        return Entry(cell_text(cell, row.quantity, row.show_ratio), cell.mark, note)
+        return Entry(cell_text(cell, row.quantity, row.show_ratio), cell.mark, note, cell.text is not None)
 
     return [[entry(cell, row) for cell in row.cells] for row in rows], notes
 
@@ -79,12 +86,13 @@ def table_of(comparison: Comparison) -> Table:
     return Table(["", *(row.title for row in rows)], lines, notes, quantities=False)
 
 
-def legend(comparison: Comparison, bold: str = "Bold") -> list[str]:
+def legend(comparison: Comparison, bold: str = "Bold", places: Sequence[Place] = ("table",)) -> list[str]:
     """Sentences that say what the marks of a table mean.
 
     Args:
         comparison: The comparison.
         bold: How the best figures look.
+        places: Which rows are shown.
     """
     dense = {place for place in comparison.baselines if place is not None}
     against = "the dense baseline" if len(dense) < 2 else "the dense model of the same base"
@@ -94,10 +102,24 @@ def legend(comparison: Comparison, bold: str = "Bold") -> list[str]:
         sentences.append(
             f"{bold}: the best of the compressed models. {TIE}: not told apart from it: the difference is less than "
             "the standard error of the difference, √(a² + b²) (of perplexities by their logarithms; of timings by the "
-            "spread of the repeats), or less than is printed. Errors are taken as independent; on the same questions "
-            "and text they are not, so this is conservative. Layers, parameters and dense models are not ranked."
+            "spread of the repeats; of speed-ups: their intervals overlap), or less than is printed. Errors are "
+            "taken as independent; on the same questions and text they are not, so this is conservative. Layers, "
+            "parameters, work and dense models are not ranked."
         )
-    return sentences
+    return sentences + _speedups([row for row in comparison.rows if row.place in places])
+
+
+def _speedups(rows: list[Row]) -> list[str]:
+    """What speed-ups are over, and what their intervals are."""
+    rows = [row for row in rows if row.quantity == "speedup"]
+    confidences = [cell.confidence for row in rows for cell in row.cells if cell.confidence is not None]
+    if not confidences:
+        return []
+    baselines = ", ".join(dict.fromkeys(one_line(str(row.protocol["baseline"])) for row in rows))
+    return [
+        f"Speed-ups are over {baselines}, which ran in turn with each model in one process: the median of the pairs "
+        f"[its confidence interval of {100 * min(confidences):.3g} % or more]."
+    ]
 
 
 def environment_lines(comparison: Comparison) -> list[str]:
@@ -131,6 +153,8 @@ def markdown(comparison: Comparison, pictures: dict[str, str]) -> str:
         return "| " + " | ".join(cells) + " |"
 
     def cell(entry: Entry) -> str:
+        if entry.foreign:
+            return _plain_markdown(entry.text)
         return f"**{entry.text}**" if entry.mark == "best" else entry.noted
 
     parts = [
@@ -178,12 +202,15 @@ def csv_text(comparison: Comparison) -> str:
             column.append(one_line(value) if isinstance(value, str) else value)
     for row in comparison.rows:
         name = one_line(row.name)
-        columns[name] = [cell.value for cell in row.cells]
+        columns[name] = [cell.value if cell.text is None else cell.text for cell in row.cells]
         if row.quantity in ("seconds", "rate"):
             columns[f"{name}.stdev"] = [cell.spread for cell in row.cells]
         elif row.quantity in ("perplexity", "accuracy", "agreement", "divergence", "number"):
             columns[f"{name}.stderr"] = [cell.stderr for cell in row.cells]
-        if row.quantity not in ("count", "parameters", "share", "bytes"):
+        elif row.quantity == "speedup":
+            columns[f"{name}.low"] = [cell.low for cell in row.cells]
+            columns[f"{name}.high"] = [cell.high for cell in row.cells]
+        if row.quantity in _COUNTED:
             columns[f"{name}.n"] = [cell.n for cell in row.cells]
         if row.quantity in RATIOS:
             columns[f"{name}.ratio"] = [cell.ratio for cell in row.cells]

@@ -134,7 +134,7 @@ def page(comparison: Comparison, pictures: dict[str, tuple[str, bytes]]) -> str:
         if record.model.plan_sha256 is None
     ]
     baseline = f"; dense baseline{'s' * (len(baselines) > 1)}: {', '.join(baselines)}" if baselines else ""
-    sentences = legend(comparison, "Bold and green")
+    sentences = legend(comparison, "Bold and green", ("table", "page"))
     if any(row.name.startswith("word_perplexity.") for row in rows):
         sentences.append(_WORDS)
     newest = max(record.environment.date for record in comparison.records)
@@ -193,6 +193,8 @@ def _button(name: str, small: str = "", title: str = "") -> str:
 
 
 def _cell(cell: Cell, row: Row, note: int | None) -> str:
+    if cell.text is not None:
+        return f"<td>{escape(cell.text)}</td>"
     if cell.value is None:
         link = f' <a href="#note-{note}" title="{escape(cell.reason or "")}">[{note}]</a>' if note else ""
         return f"<td>–{link}</td>"
@@ -204,6 +206,8 @@ def _cell(cell: Cell, row: Row, note: int | None) -> str:
     told = [f"{cell.value!r}"]
     told += [f"standard error {cell.stderr:.4g}"] if cell.stderr is not None else []
     told += [f"standard deviation {cell.spread:.4g}"] if cell.spread is not None else []
+    if cell.confidence is not None:
+        told.append(f"{100 * cell.confidence:.3g} % interval {cell.low:.4g} to {cell.high:.4g}")
     told += [f"n = {cell.n:,}"] if cell.n is not None else []
     if cell.ratio is not None:
         ratio = ratio_text(cell.ratio, row.quantity)

@@ -1,6 +1,7 @@
 """A comparison on the terminal, and as files: Markdown, LaTeX, CSV, JSON, a web page, and pictures.
 
-``comparison.png`` shows every quantity as bars, ``pareto.png`` what each model pays for its quality.
+``comparison.png`` shows every quantity as bars, ``pareto.png`` what each model pays for its quality, ``efficiency.png``
+speed over the batch, the parts of latency and of memory.
 """
 
 import textwrap
@@ -11,14 +12,15 @@ from slm_pl.files import write_bytes, write_text
 from slm_pl.report import tables, webpage
 from slm_pl.report.charts import comparison_bars
 from slm_pl.report.comparison import Comparison, line_up
+from slm_pl.report.efficiency_charts import efficiency_plot
 from slm_pl.report.pareto import pareto_plot
 from slm_pl.report.tables import Entry
 
-BARS, PARETO = "comparison.png", "pareto.png"
+BARS, PARETO, EFFICIENCY = "comparison.png", "pareto.png", "efficiency.png"
 
 
 def compare(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
-    """Prints results.json files side by side and writes comparison.md, .json, .csv, .tex, .html, .png and pareto.png.
+    """Prints results.json files side by side; writes comparison.md, .json, .csv, .tex and .html, and three pictures.
 
     Args:
         paths: The results.json files; a dense baseline (without a plan) is put first, the others stay in this order.
@@ -32,12 +34,15 @@ def compare(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
     """
     comparison = line_up(paths, output_dir)
     directory = comparison.output_dir
-    pictures = {BARS: ("The same figures as bars", comparison_bars(comparison))}
-    pareto = pareto_plot(comparison)
-    if pareto is None:
-        (directory / PARETO).unlink(missing_ok=True)  # of other models, by an earlier run
-    else:
-        pictures = {PARETO: ("Quality against cost", pareto), **pictures}
+    measured = zip(comparison.labels, comparison.records, strict=True)
+    drawn = {
+        PARETO: ("Quality against cost", pareto_plot(comparison)),
+        BARS: ("The same figures as bars", comparison_bars(comparison)),
+        EFFICIENCY: ("Speed and memory", efficiency_plot([(label, record.efficiency) for label, record in measured])),
+    }
+    pictures = {name: (shown, png) for name, (shown, png) in drawn.items() if png is not None}
+    for name in drawn.keys() - pictures.keys():
+        (directory / name).unlink(missing_ok=True)  # of other models, by an earlier run
     texts = {
         "comparison.md": tables.markdown(comparison, {name: shown for name, (shown, _) in pictures.items()}),
         "comparison.json": tables.json_text(comparison),
@@ -60,7 +65,8 @@ def _print(comparison: Comparison, written: list[str]) -> None:
 
     shown = tables.table_of(comparison)
     heads, quantities = shown.heads, shown.quantities
-    rooms = [row.name.partition(".")[0].removeprefix("num_") for row in comparison.rows if row.place == "table"]
+    # What stands above the first measurement says which model it is, and has no dot in its name.
+    rooms = [row.name.partition(".")[0] if "." in row.name else "" for row in comparison.rows if row.place == "table"]
     console = Console()
 
     def styled(entry: Entry) -> Text:
@@ -73,7 +79,7 @@ def _print(comparison: Comparison, written: list[str]) -> None:
             head = heads[column] if quantities else "\n".join(textwrap.wrap(heads[column], 16))
             table.add_column(Text(head), justify="right", overflow="fold", no_wrap=not quantities)
         for index, line in enumerate(shown.lines):
-            if quantities and index and rooms[index] != rooms[index - 1] and rooms[index - 1] != "layers":
+            if quantities and index and rooms[index] != rooms[index - 1]:
                 table.add_section()
             table.add_row(*(styled(line[column]) for column in (0, *columns)))
         return table

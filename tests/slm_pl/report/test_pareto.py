@@ -8,7 +8,7 @@ from slm_pl.evaluation import PerplexityResult
 from slm_pl.report import compare
 from slm_pl.report.comparison import line_up
 from slm_pl.report.pareto import _apart, _Box, panels_of, pareto_plot
-from tests.helpers.records import record_of, save
+from tests.helpers.records import record_of, rich_point, save
 
 
 def _records(**of):
@@ -125,3 +125,30 @@ def test_numbers_lie_on_nothing():
         assert all(box.shared(other) == 0 for other in [*boxes[:number], *boxes[number + 1 :], *points])
         assert box.shared(room) == pytest.approx((box.right - box.left) * (box.high - box.low))
     assert [far for _, _, far in shifts][3] is False
+
+
+def test_only_latency_of_generation_is_tokens_per_second(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("slm_pl.report.pareto._tokens_on_top", lambda axes, row: drawn.append(row.name))
+    for new_tokens in (128, 0):
+        records = _records(a=(30.0, 0.55, 2.0, 80))
+        for name, record in records.items():
+            record.efficiency = [rich_point(4.0 if name == "dense" else 2.0, 1, 12, new_tokens)]
+        pareto_plot(line_up(save(tmp_path / str(new_tokens), **records)))
+    assert drawn == ["efficiency.shortened_llama.1.12.128.latency_s"]
+
+
+def test_memory_of_a_large_grid_is_drawn_though_the_table_has_no_room_for_it(tmp_path):
+    records = _records(a=(30.0, 0.55, 2.0, 80))
+    for name, record in records.items():
+        extra = 0 if name == "dense" else 2**20
+        points = [rich_point(4.0, batch) for batch in (1, 2, 4, 8)]
+        record.efficiency = [
+            dataclasses.replace(
+                one, peak_memory_bytes=dataclasses.replace(one.peak_memory_bytes, max=one.peak_memory_bytes.max - extra)
+            )
+            for one in points
+        ]
+    grid = _grid(tmp_path, records)
+    assert [panel.cost.name.rpartition(".")[2] for panel in grid[0]] == ["num_parameters", "peak_memory_bytes"]
+    assert grid[0][1].cost.place == "page"

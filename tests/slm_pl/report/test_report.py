@@ -42,8 +42,12 @@ def test_round_trip_and_names(tmp_path):
     assert boolq.items() <= data["zero_shot"]["tasks"]["boolq"].items()
     assert (data["zero_shot"]["harness"], data["zero_shot"]["mean"]) == ("lm_eval 0.4.13", 0.6)
     entry = data["efficiency"][0]
-    assert entry["latency_s"] == {"median": 4.0, "mean": 4.0, "stdev": 0.1, "min": 4.0, "max": 4.0}
-    assert entry["peak_memory_bytes"] == {"max": 2**30, "source": "process peak resident set (VmHWM)"}
+    latency = {"median": 4.0, "mean": 4.0, "stdev": 0.1, "min": 4.0, "max": 4.0}
+    assert entry["latency_s"] == latency | dict.fromkeys(("p90", "p95", "p99", "n"))
+    assert entry["peak_memory_bytes"] == {
+        "max": 2**30, "source": "process peak resident set (VmHWM)", "reserved": None,
+    }  # fmt: skip
+    assert (entry["limit"], entry["paired"]) == (None, None)
     assert data["environment"]["git"] is None
     assert data["missing"] == {"gpu_utilisation": "no NVML device"}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["results.json"]
@@ -165,7 +169,7 @@ def test_figures_side_by_side(tmp_path, capsys):
     assert comparison.output_dir == tmp_path.resolve()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
         "comparison.csv", "comparison.html", "comparison.json", "comparison.md", "comparison.png", "comparison.tex",
-        "pareto.png",
+        "efficiency.png", "pareto.png",
     ]  # fmt: skip
     markdown = (tmp_path / "comparison.md").read_text()
     printed = capsys.readouterr().out
