@@ -1,54 +1,232 @@
-"""Latency, throughput and memory of generation, as a test hook."""
+"""Speed, memory, utilisation and work of generation, as a test hook."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from slm_pl.evaluation.efficiency.generation import check_protocol, measure_generation
+from callbacks.base import EarlyCheck
+from slm_pl import console, files, loading
+from slm_pl.compression.architecture import num_layers
+from slm_pl.compression.plan import count_parameters
+from slm_pl.errors import UsageError
+from slm_pl.evaluation._ranks import agreed
+from slm_pl.evaluation.efficiency.measuring import Settings, check_context, compare_point, measure_point
+from slm_pl.evaluation.efficiency.paired import of_baseline
+from slm_pl.evaluation.efficiency.prompts import Prompts
+from slm_pl.evaluation.efficiency.protocols import Point, ProtocolName, grid, with_lengths
+from slm_pl.evaluation.efficiency.record import MachinePeak, Paired
+from slm_pl.evaluation.efficiency.runs import CacheKind, SDPABackend, Switches
+from slm_pl.evaluation.efficiency.work import machine_peak
 from slm_pl.module import CausalLM
+from slm_pl.report.efficiency_charts import efficiency_plot
+from slm_pl.results import Results
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PICTURE = "efficiency.png"
 
 
-class Efficiency(pl.Callback):
-    """Times generation in ``test`` and adds the figures to ``results.json``.
+class Efficiency(EarlyCheck):
+    """Times generation in ``test`` over a grid, and adds speed, memory, utilisation and work to ``results.json``.
 
-    The defaults are Shortened LLaMA's protocol (its ``gen_batch_eval_time.py``): the whole ``generate`` is timed, the
-    end of text is suppressed so that all runs make equally many tokens, and 10 runs warm up before 20 are counted.
+    Prefill and decode are told apart, warm-up is left out of everything, the end of text is suppressed so that all runs
+    make equally many tokens, adapters are merged before, and beside every figure stands the least time that its work
+    takes at what this machine's matrix products and copies reach. Protocols::
+
+        - class_path: callbacks.Efficiency             # batch 1, 12 + 128 tokens: the figure quoted most
+        - class_path: callbacks.Efficiency
+          init_args: {protocol: shortened_llama}       # batch 1 to 256, 128 and 512 new tokens, 10 + 20 runs, sampled
+        - class_path: callbacks.Efficiency
+          init_args: {protocol: sleb}                  # 1 x 2,048 tokens read; batch 64, 64 + 128 tokens, greedy
+        - class_path: callbacks.Efficiency
+          init_args: {protocol: llm_pruner}            # operations (and time) of reading 64 tokens
+        - class_path: callbacks.Efficiency
+          init_args: {protocol: serving, batch_size: [1, 4, 16, 64]}  # latency and throughput against the batch
+
+    Against the published programs: the attention mask is passed, prompts are real text, warm-up counts nowhere, the
+    spread is that of a sample, and what did not fit into memory is written down as such while the grid goes on. With
+    ``main.py test --baseline PATH`` a second model runs in turn with this one afterwards, so that what disturbs one
+    disturbs the other; the record then holds how many times as fast this one is, with a confidence interval, and how
+    much its layers and bytes promise. Under several processes the first one measures while the others wait.
+
+    What runs is also ``model.dtype``, ``model.attn_implementation`` and ``model.quantization``; the record names it.
 
     Args:
-        prompt: What the model continues.
-        batch_size: Copies of the prompt in one batch.
-        new_tokens: Tokens generated in each run.
-        warmup: Runs before counting.
-        repeats: Runs that count.
+        protocol: ``shortened_llama``, ``sleb``, ``llm_pruner`` or ``serving``; null for Shortened LLaMA's rules at one
+            point. The next three replace its own, one number or several.
+        batch_size: Prompts at once.
+        prompt_tokens: Length of the prompts, which are passages of prose then.
+        new_tokens: Tokens generated for each; 0 for a forward pass over the prompts.
+        prompt: What to continue in place of prose or the protocol's text; of several texts, each row of a batch takes
+            the next, padded on the left.
+        warmup: Runs before counting; null for the protocol's.
+        repeats: Runs that count; null for the protocol's.
+        cache: Key/value cache: ``dynamic`` grows with the tokens, ``static`` has its length from the start.
+        compile: Run decode steps (of a forward pass, all of it) through ``torch.compile``; needs ``cache: static``.
+        sdpa_backend: Allow one kernel of scaled dot-product attention only: ``flash``, ``efficient``, ``cudnn`` or
+            ``math``.
+        baseline: A dense model to run in turn with this one: a Hub id, a directory, a ``.gguf`` file, or
+            ``package:NAME/FILE.gguf``; null for that of ``--baseline``.
 
     Raises:
-        UsageError: If a number is out of range.
+        UsageError: If a number is out of range, or options exclude each other.
     """
 
     def __init__(
         self,
-        prompt: str = "The Leaning Tower of Pisa is known for",
-        batch_size: int = 1,
-        new_tokens: int = 128,
-        warmup: int = 10,
-        repeats: int = 20,
+        protocol: ProtocolName | None = None,
+        batch_size: int | list[int] | None = None,
+        prompt_tokens: int | list[int] | None = None,
+        new_tokens: int | list[int] | None = None,
+        prompt: str | list[str] | None = None,
+        warmup: int | None = None,
+        repeats: int | None = None,
+        cache: CacheKind = "dynamic",
+        compile: bool = False,  # noqa: A002  torch's word
+        sdpa_backend: SDPABackend | None = None,
+        baseline: str | None = None,
     ) -> None:
-        check_protocol(batch_size, new_tokens, warmup, repeats)
-        self.prompt = prompt
-        self.batch_size = batch_size
-        self.new_tokens = new_tokens
-        self.warmup = warmup
-        self.repeats = repeats
+        if prompt is not None and prompt_tokens is not None:
+            raise UsageError(
+                f"Efficiency got a prompt and prompt_tokens {prompt_tokens}. Give a prompt, which has its length, or a "
+                "length, for prose of so many tokens."
+            )
+        if warmup is not None and warmup < 0:
+            raise UsageError(f"Efficiency got warmup {warmup}; allowed is 0 or more.")
+        self.rules, self.points = grid(
+            protocol, _several(batch_size), _several(prompt_tokens), _several(new_tokens), repeats, prompt is not None
+        )
+        if compile and cache == "dynamic" and any(point.new_tokens for point in self.points):
+            raise UsageError(
+                "Efficiency got compile: true with cache: dynamic, whose shapes change at every token. Add "
+                "cache: static."
+            )
+        self.texts = [prompt] if isinstance(prompt, str) else prompt
+        if self.texts is None and self.rules.prompt is not None:
+            self.texts = [self.rules.prompt]
+        self.warmup = self.rules.warmup if warmup is None else warmup
+        self.switches = Switches(cache, compile, sdpa_backend)
+        self.baseline = baseline
+        self._grid: list[Point] | None = None
+        self._settings: Settings | None = None
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Makes the prompts and looks at the baseline, so that nothing is missing after a search."""
+        if trainer.state.fn != TrainerFn.TESTING or self._settings is not None:
+            return
+        module = trainer.lightning_module
+        assert isinstance(module, CausalLM)
+        prompts = Prompts(module.tokenizer, self.texts)
+        points = with_lengths(self.points, prompts.text_tokens)
+        config = loading.read_config(module.source).get_text_config()
+        check_context(module.pretrained, getattr(config, "max_position_embeddings", None), points)
+        name = self._baseline(trainer)
+        if name is not None:
+            source = loading.resolve(name, None, module.source.trust_remote_code)
+            theirs = loading.read_config(source).get_text_config().vocab_size
+            if theirs != config.vocab_size:
+                raise UsageError(
+                    f"The vocabulary of the baseline {name} has {theirs} tokens, that of {module.pretrained} "
+                    f"{config.vocab_size}; it has to be the same one. Give the model that this one was made of."
+                )
+        self._grid = points
+        self._settings = Settings(self.rules, prompts, self.warmup, self.switches)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Reads what is needed before any work."""
+        self.check(trainer)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures."""
+        """Measures on the first rank, point by point, while the others wait."""
         assert isinstance(pl_module, CausalLM)
-        model, results = pl_module.measured()
-        figures = measure_generation(
-            model,
-            pl_module.tokenizer,
-            prompt=self.prompt,
-            batch_size=self.batch_size,
-            new_tokens=self.new_tokens,
-            warmup=self.warmup,
-            repeats=self.repeats,
-        )
-        results.efficiency.append(figures)
+        assert self._grid is not None  # `setup` comes before
+        begin = len(pl_module.measured()[1].efficiency)
+        peak = machine_peak(pl_module.device, pl_module.measured()[0].dtype) if trainer.is_global_zero else None
+        with console.progress("Efficiency", sum(self.warmup + point.repeats + 1 for point in self._grid)) as step:
+            for point in self._grid:
+                self._measure(pl_module, point, peak, step)
+        name = self._baseline(trainer)
+        if name is not None:
+            self._compare(trainer, pl_module, name, begin)
+        if trainer.is_global_zero:
+            _draw(Path(trainer.default_root_dir) / PICTURE, pl_module.measured()[1])
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forgets the prompts, which belong to a tokenizer."""
+        self._grid = self._settings = None
+
+    def _baseline(self, trainer: pl.Trainer) -> str | None:
+        return self.baseline or cast("str | None", getattr(trainer, "baseline", None))
+
+    def _measure(self, module: CausalLM, point: Point, peak: MachinePeak | None, step: Callable[[str], None]) -> None:
+        model, results = module.measured()
+
+        def measure() -> None:
+            if peak is None:  # another rank
+                return
+            assert self._settings is not None
+            figures, gpu = measure_point(
+                model, module.tokenizer, point, self._settings, peak, lambda note: step(f"{point}: {note}")
+            )
+            results.efficiency.append(figures)
+            results.missing.update(gpu.missing if gpu is not None else {})
+            if figures.latency_s is None:
+                rank_zero_warn(f"Efficiency, {point}: {figures.missing['latency_s']}")
+
+        agreed(measure)
+
+    def _compare(self, trainer: pl.Trainer, module: CausalLM, name: str, begin: int) -> None:
+        """Runs the baseline in turn with the model, at every point that fitted into memory."""
+        assert self._grid is not None
+        model, results = module.measured()
+        dense = agreed(lambda: self._load(module, model, name) if trainer.is_global_zero else None)
+        pairs = sum(self.warmup + point.repeats for point in self._grid)
+        with console.progress("Efficiency, in turn with the baseline", pairs) as step:
+            for index, point in enumerate(self._grid, begin):
+
+                def measure(index: int = index, point: Point = point) -> None:
+                    if dense is None or results.efficiency[index].latency_s is None:
+                        return
+                    assert self._settings is not None
+                    found = compare_point(
+                        dense, name, model, module.tokenizer, point, self._settings, lambda _: step(str(point))
+                    )
+                    figures = results.efficiency[index]
+                    if isinstance(found, Paired):
+                        results.efficiency[index] = replace(figures, paired=found)
+                    else:
+                        results.efficiency[index] = replace(figures, missing={**figures.missing, "paired": found})
+
+                agreed(measure)
+
+    def _load(self, module: CausalLM, model: "PreTrainedModel", name: str) -> "PreTrainedModel":
+        """Loads the baseline as the model was loaded: dtype, attention and device."""
+        source = loading.resolve(name, None, module.source.trust_remote_code)
+        dtype = str(model.dtype).removeprefix("torch.")
+        attention = getattr(model.config, "_attn_implementation", None)
+        dense = loading.load_model(source, dtype, attention)  # type: ignore[arg-type]
+        size = f"{num_layers(dense)} layers, {count_parameters(dense) / 1e6:,.1f} M parameters"
+        rank_zero_info(f"Efficiency: in turn with {name}, {size}")
+        return dense.to(module.device)  # type: ignore[arg-type]
+
+
+def _draw(path: Path, results: Results) -> None:
+    """Draws the figures of this run, and those of the baseline that ran in turn with the model."""
+    models = [(results.model.label, results.efficiency)]
+    theirs = [of_baseline(figures) for figures in results.efficiency if figures.paired is not None]
+    picture = efficiency_plot([("baseline", theirs), *models] if theirs else models)
+    if picture is None:
+        path.unlink(missing_ok=True)  # of an earlier run
+        return
+    files.write_bytes(path, picture)
+    rank_zero_info(f"Efficiency: {path}")
+
+
+def _several(value: int | list[int] | None) -> list[int] | None:
+    return [value] if isinstance(value, int) else value

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from slm_pl import files
+from slm_pl import files, quantization
 from slm_pl.data import TrainingData
 from slm_pl.errors import UsageError
 from slm_pl.module import CausalLM
@@ -82,6 +82,13 @@ class CLI(LightningCLI):
         action = parser._subcommands_action
         assert action is not None
         action.add_subcommand("compare", compare_parser(), help="Put results side by side.")
+        assert action.choices is not None
+        action.choices["test"].add_argument(
+            "--baseline",
+            type=str | None,
+            default=None,
+            help="A dense model that callbacks.Efficiency runs in turn with this one, for the speed-up.",
+        )
         action.add_subcommand("sweep", sweep_parser(), help="Methods x ratios x seeds on one model, and one table.")
         action.add_subcommand("data", data_parser(), help="Download what evaluation needs, for use without network.")
 
@@ -110,6 +117,12 @@ class CLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, Trainer)
         trainer.overwrite = bool(self._get(self.config_init, "overwrite"))
+        trainer.baseline = self._get(self.config_init, "baseline")
+        if trainer.baseline is not None and not any(hasattr(c, "baseline") for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise UsageError(
+                f"--baseline is {trainer.baseline}, and no hook compares speed. Add callbacks.Efficiency to "
+                "trainer.callbacks."
+            )
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -139,7 +152,8 @@ def compare_parser() -> ArgumentParser:
     """Options of ``compare``."""
     parser = ArgumentParser(
         description="Puts the results of several models side by side: a table on the terminal, the same as "
-        "comparison.md, .tex, .csv, .json and .html (sortable, one file), comparison.png and pareto.png."
+        "comparison.md, .tex, .csv, .json and .html (sortable, one file), and the pictures comparison.png, pareto.png "
+        "and efficiency.png."
     )
     parser.add_argument(
         "results", nargs="+", help="results.json files that `test` wrote, the dense model's among them."
@@ -297,6 +311,7 @@ def quieten() -> None:
         ".*LightningCLI's args parameter is intended.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+    quantization.quieten()  # transformers imports torchao wherever it is installed
 
 
 @contextlib.contextmanager

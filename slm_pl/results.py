@@ -4,7 +4,8 @@ One record per evaluated model: its identity, the environment, every figure with
 be measured is absent, and ``missing`` holds the reason under the figure's place, for example
 ``efficiency[0].peak_memory_bytes``; it is never zero and never a non-finite number. A text that a hook could not
 measure has the key ``perplexity <corpus> @ <sequence_length>`` or ``drift <corpus> @ <sequence_length>``, a whole part
-that is absent its name, ``drift``.
+that is absent its name, ``drift``. What NVML did not tell, at no point of any grid, is ``gpu_utilisation``,
+``gpu_energy`` and ``gpu_memory``.
 """
 
 import dataclasses

@@ -98,7 +98,7 @@ def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
     assert results["perplexity"][0]["tokens"] == 2 * 127
     assert 1 < results["perplexity"][0]["value"] < 1e4
     assert results["zero_shot"]["tasks"]["embedded_docstrings"]["n"] == 4
-    assert not results["missing"]
+    assert set(results["missing"]) == {"gpu_utilisation", "gpu_energy", "gpu_memory"}
 
     # The pictures of the dense model and of the search go with both exports.
     for name in ("representation_similarity_before.json", "representation_similarity_before.png", "search_trace.png"):
@@ -305,3 +305,63 @@ def test_pruned_model_is_as_good_as_the_published_one(tmp_path):
             logits = model(input_ids=batch).logits[:, :-1]
             losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
     assert torch.stack(losses).mean().exp().item() == pytest.approx(golden["wikitext2_8192_ppl_after"], rel=1e-3)
+
+
+# One token through a layer of SmolLM2 (hidden size 576, 9 heads and 3 KV heads of 64, 1,536 channels), and the head.
+LAYER = 576 * (9 * 64 + 2 * 3 * 64) + 9 * 64 * 576 + 3 * 576 * 1536
+HEAD = 576 * 49152
+
+
+@pytest.mark.parametrize(
+    ("method", "layers"),
+    [
+        (None, 30),
+        ({"class_path": "callbacks.LayerRemoval", "init_args": {"layers": [18, 19, 20, 21, 22, 23]}}, 24),
+        ({"class_path": "callbacks.WandaStructured", "init_args": {"ratio": 0.1579}}, 30),
+    ],
+    ids=["dense", "fewer layers", "narrower layers"],
+)
+def test_speed_and_its_limits(method, layers, tmp_path):
+    grid = {"batch_size": 2, "prompt_tokens": 8, "new_tokens": [0, 3], "warmup": 1, "repeats": 2}
+    config = {
+        "model": {"pretrained": MODEL, "dtype": "float32"},
+        "data": {"path": "embedded", "calibration": {"source": "embedded", "samples": 2, "sequence_length": 32}},
+        "trainer": {
+            "default_root_dir": str(tmp_path),
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "callbacks": [*([method] if method else []), {"class_path": "callbacks.Efficiency", "init_args": grid}],
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["test", "--config", str(tmp_path / "config.yaml")])
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["model"]["num_layers"] == layers
+    # All of the weights but norms (and biases) are in the products, and the embedding is the head.
+    inside = record["model"]["num_parameters"] - HEAD
+    assert inside == pytest.approx(30 * LAYER * (1 if method is None else 0.8), rel=0.01)
+    points = {(one["batch_size"], one["new_tokens"]): one for one in record["efficiency"]}
+    assert set(points) == {(2, 0), (2, 3)}
+    for (batch, new), one in points.items():
+        work, memory = one["work"], one["memory"]
+        seen = [8] if new == 0 else [8, 9, 10]
+        heads = batch * (8 if new == 0 else 1)  # generate needs the logits of the last position only
+        products = [batch * (8 if step == 0 else 1) * inside for step in range(len(seen))]
+        attention = one["work"]["kv_bytes_per_token"] / 4 / 2 * 3 * 2  # 3 queries a key: scores and mixing
+        steps = [
+            linear + (heads if step == 0 else batch) * HEAD + batch * (8 if step == 0 else 1) * seen[step] * attention
+            for step, linear in enumerate(products)
+        ]
+        assert work["prefill_macs"] == pytest.approx(steps[0], rel=0.002)
+        assert work["decode_macs"] == pytest.approx(sum(steps[1:]), rel=0.002)
+        if method is None or layers == 24:
+            assert work["kv_bytes_per_token"] == layers * 2 * 3 * 64 * 4
+        assert memory["weights"] == pytest.approx(4 * record["model"]["num_parameters"], rel=1e-4)
+        assert memory.get("kv_cache") == memory.get("kv_cache_computed")
+        if new:
+            assert memory["kv_cache"] == batch * (8 + new - 1) * work["kv_bytes_per_token"]
+        # The reckoning of the limit does not know how fast the run was; no run beats it.
+        assert 0 < one["limit"]["latency_share"] < 1
+        assert 0 < one["limit"]["prefill_flops_share"] < 1
+        assert one["latency_s"]["min"] >= one["time_to_first_token_s"]["min"] > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from callbacks import Drift, ExportCheckpoint, Perplexity, ZeroShot
+from callbacks import Drift, Efficiency, ExportCheckpoint, Perplexity, ZeroShot
 from slm_pl.data import EvaluationText
 from slm_pl.evaluation import EMBEDDED_TASK
 from tests.helpers.ranks import under_torchrun
@@ -16,10 +16,13 @@ from tests.helpers.run import Drop, alpaca_data, make_module, make_trainer
 def _measure(run: Path, pretrained: str, *methods: Drop, **options: object) -> list:
     texts = [EvaluationText(max_tokens=1024), EvaluationText(max_tokens=300, sequence_length=64, stride=16)]
     hooks = [Perplexity(texts, batch_size=1), Drift(texts, batch_size=1), ZeroShot([EMBEDDED_TASK], limit=7)]
-    trainer = make_trainer(run, *methods, *hooks, **options)
+    speed = Efficiency(batch_size=[1, 2], new_tokens=2, warmup=0, repeats=2, baseline=pretrained)
+    trainer = make_trainer(run, *methods, speed, *hooks, **options)
     module = make_module(pretrained)
     trainer.test(module, alpaca_data(run.parent / f"data_{run.name}_{trainer.global_rank}"), verbose=False)
     assert module.results is not None
+    # Of several ranks, the first one has the machine for itself.
+    assert len(module.results.efficiency) == (2 if trainer.global_rank == 0 else 0)
     return [module.results.perplexity, module.results.drift, module.results.zero_shot]
 
 
@@ -45,7 +48,9 @@ def test_two_processes_measure_what_one_does(pico_dir, tmp_path):
         assert both["drift"][0]["kl"] > 0
         for room in ("perplexity", "drift", "zero_shot"):
             assert _numbers(both[room]) == _numbers(alone[room]), (name, room)
-        assert both["missing"] == alone["missing"] == {}
+        assert both["missing"] == alone["missing"]
+        assert set(alone["missing"]) == {"gpu_utilisation", "gpu_energy", "gpu_memory"}
+        assert [one["paired"]["latency"]["pairs"] for one in both["efficiency"]] == [2, 2]
 
 
 def _numbers(value: object) -> object:
