@@ -133,10 +133,11 @@ def test_readme_command_is_valid(command, capsys, monkeypatch):
 
 
 def test_readme_shows_the_row_names_of_the_report():
-    from slm_pl.report import comparison
+    from slm_pl.report import comparison, generation_rows
 
-    source = Path(comparison.__file__).read_text()
-    for name in ("Decoder layers", "Parameters", "Latency, median", "Output tokens/s", "Peak memory"):
+    source = "".join(Path(module.__file__).read_text() for module in (comparison, generation_rows))
+    names = ("Decoder layers", "Parameters", "Latency, median", "Time per output token, median", "Output tokens/s")
+    for name in (*names, "Peak memory"):
         assert name in README
         assert name in source
 
@@ -206,9 +207,9 @@ def test_quickstart_of_each_depth_method_runs_from_yaml_alone(name, pico_dir, tm
     assert results["efficiency"][0]["new_tokens"] == 32
     plan = json.loads((tmp_path / name / "plan.json").read_text())
     assert plan["outcome"]["removed_layers"] == 2
-    drawn = [path.name for path in (tmp_path / name).glob("*.png")]
+    drawn = {path.name for path in (tmp_path / name).glob("*.png")}
     kind = "search_trace.png" if name == "slm" else "block_importance.png"
-    assert drawn == ([] if name in ("reverse", "random", "layers") else [kind])
+    assert drawn == {"efficiency.png", *([] if name in ("reverse", "random", "layers") else [kind])}
 
 
 WIDTH = ("llm_pruner", "llm_pruner_uniform", "llm_pruner_channel", "flap", "wanda_structured")

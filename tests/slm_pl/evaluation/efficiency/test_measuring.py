@@ -340,6 +340,23 @@ def test_cache_that_cannot_fit_is_not_tried(cache, model, calls, monkeypatch):
     assert measure(model, Point(2, 6, 0, 2))[0].latency_s is not None  # no cache
 
 
+# --- Compiled ---
+
+
+def test_every_point_and_both_models_run_compiled(graphs):
+    baseline, model = (pico_model("llama", num_hidden_layers=layers) for layers in (2, 1))
+    settings = make_settings(warmup=1, cache="static", compile=True)
+    # More than twice, torch would compile nothing further; each point forgets what it compiled.
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for batch_size in (2, 3, 4):
+            point = Point(batch_size, 6, 3, 2)
+            result, _ = measure_point(model, pico_tokenizer(), point, settings, PEAK)
+            assert (result.runtime.compile, result.memory.kv_cache) == (True, result.memory.kv_cache_computed)
+        compare_point(baseline, "dense", model, pico_tokenizer(), Point(2, 6, 3, 2), settings)
+    # Two steps of each run, warm-up among them; what counts and what times the parts is not compiled.
+    assert [graph.runs for graph in graphs] == [2 * (1 + 2)] * 5
+
+
 # --- What stays ---
 
 
