@@ -1,6 +1,5 @@
 """Speed, memory, utilisation and work of generation, as a test hook."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -11,15 +10,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks.base import EarlyCheck
 from slm_pl import console, files, loading
-from slm_pl.compression.architecture import num_layers
+from slm_pl.compression.architecture import ARCHITECTURES, context_length, num_layers
 from slm_pl.compression.plan import count_parameters
 from slm_pl.errors import UsageError
-from slm_pl.evaluation._ranks import agreed
-from slm_pl.evaluation.efficiency.measuring import Settings, check_context, compare_point, measure_point
-from slm_pl.evaluation.efficiency.paired import of_baseline
+from slm_pl.evaluation._ranks import agreed, patiently
+from slm_pl.evaluation.efficiency.measuring import Settings, check_context, compare_point, measure_point, no_room
+from slm_pl.evaluation.efficiency.nvml import GpuFigures
+from slm_pl.evaluation.efficiency.paired import sides_of
 from slm_pl.evaluation.efficiency.prompts import Prompts
 from slm_pl.evaluation.efficiency.protocols import Point, ProtocolName, grid, with_lengths
-from slm_pl.evaluation.efficiency.record import MachinePeak, Paired
+from slm_pl.evaluation.efficiency.record import Paired
 from slm_pl.evaluation.efficiency.runs import CacheKind, SDPABackend, Switches
 from slm_pl.evaluation.efficiency.work import machine_peak
 from slm_pl.module import CausalLM
@@ -68,11 +68,12 @@ class Efficiency(EarlyCheck):
         warmup: Runs before counting; null for the protocol's.
         repeats: Runs that count; null for the protocol's.
         cache: Key/value cache: ``dynamic`` grows with the tokens, ``static`` has its length from the start.
-        compile: Run decode steps (of a forward pass, all of it) through ``torch.compile``; needs ``cache: static``.
+        compile: Run decode steps (of a forward pass, all of it) through ``torch.compile``; needs ``cache: static`` and
+            2 runs of warm-up.
         sdpa_backend: Allow one kernel of scaled dot-product attention only: ``flash``, ``efficient``, ``cudnn`` or
             ``math``.
-        baseline: A dense model to run in turn with this one: a Hub id, a directory, a ``.gguf`` file, or
-            ``package:NAME/FILE.gguf``; null for that of ``--baseline``.
+        baseline: Another model, such as the dense one, to run in turn with this one: a Hub id, a directory, a ``.gguf``
+            file, or ``package:NAME/FILE.gguf``. ``--baseline`` overrides it.
 
     Raises:
         UsageError: If a number is out of range, or options exclude each other.
@@ -110,7 +111,19 @@ class Efficiency(EarlyCheck):
         self.texts = [prompt] if isinstance(prompt, str) else prompt
         if self.texts is None and self.rules.prompt is not None:
             self.texts = [self.rules.prompt]
-        self.warmup = self.rules.warmup if warmup is None else warmup
+        if self.texts is not None and prompt is not None:
+            most = max(point.batch_size for point in self.points)
+            if len(self.texts) > most:
+                raise UsageError(
+                    f"Efficiency got {len(self.texts)} prompts and batches of {most} at most, in which some would "
+                    f"never stand. Give batch_size {len(self.texts)} or more, or fewer prompts."
+                )
+        # Of a compiled model, the first run compiles, and the second one may record CUDA graphs.
+        if compile and warmup is not None and warmup < 2:
+            raise UsageError(
+                f"Efficiency got compile: true and warmup {warmup}; the first two runs compile. Give 2 or more."
+            )
+        self.warmup = max(self.rules.warmup, 2 * compile) if warmup is None else warmup
         self.switches = Switches(cache, compile, sdpa_backend)
         self.baseline = baseline
         self._grid: list[Point] | None = None
@@ -122,12 +135,24 @@ class Efficiency(EarlyCheck):
             return
         module = trainer.lightning_module
         assert isinstance(module, CausalLM)
+        device = trainer.strategy.root_device.type
+        if device == "cpu" and self.switches.sdpa_backend in ("efficient", "cudnn"):
+            raise UsageError(
+                f"Efficiency got sdpa_backend {self.switches.sdpa_backend}, which is for GPUs; on a CPU there are "
+                "flash and math. Give one of them, or leave it out."
+            )
         prompts = Prompts(module.tokenizer, self.texts)
         points = with_lengths(self.points, prompts.text_tokens)
         config = loading.read_config(module.source).get_text_config()
-        check_context(module.pretrained, getattr(config, "max_position_embeddings", None), points)
+        check_context(module.pretrained, context_length(config), points)
         name = self._baseline(trainer)
         if name is not None:
+            if config.model_type not in ARCHITECTURES:
+                raise UsageError(
+                    f"The baseline {name} cannot run in turn with {module.pretrained}: it is of model_type "
+                    f"{config.model_type!r}, whose layers are not known here. Leave the baseline out, and compare two "
+                    "results.json."
+                )
             source = loading.resolve(name, None, module.source.trust_remote_code)
             theirs = loading.read_config(source).get_text_config().vocab_size
             if theirs != config.vocab_size:
@@ -145,65 +170,82 @@ class Efficiency(EarlyCheck):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures on the first rank, point by point, while the others wait."""
         assert isinstance(pl_module, CausalLM)
-        assert self._grid is not None  # `setup` comes before
-        begin = len(pl_module.measured()[1].efficiency)
-        peak = machine_peak(pl_module.device, pl_module.measured()[0].dtype) if trainer.is_global_zero else None
-        with console.progress("Efficiency", sum(self.warmup + point.repeats + 1 for point in self._grid)) as step:
-            for point in self._grid:
-                self._measure(pl_module, point, peak, step)
+        results = pl_module.measured()[1]
         name = self._baseline(trainer)
-        if name is not None:
-            self._compare(trainer, pl_module, name, begin)
+        with patiently() as group:
+            begin = len(results.efficiency)
+            agreed(lambda: self._measure(pl_module) if trainer.is_global_zero else None, group)
+            if name is not None:
+                agreed(lambda: self._compare(pl_module, name, begin) if trainer.is_global_zero else None, group)
         if trainer.is_global_zero:
-            _draw(Path(trainer.default_root_dir) / PICTURE, pl_module.measured()[1])
+            _draw(Path(trainer.default_root_dir) / PICTURE, results)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets the prompts, which belong to a tokenizer."""
         self._grid = self._settings = None
 
     def _baseline(self, trainer: pl.Trainer) -> str | None:
-        return self.baseline or cast("str | None", getattr(trainer, "baseline", None))
+        return cast("str | None", getattr(trainer, "baseline", None)) or self.baseline
 
-    def _measure(self, module: CausalLM, point: Point, peak: MachinePeak | None, step: Callable[[str], None]) -> None:
+    def _measure(self, module: CausalLM) -> None:
+        """Measures the model alone at every point."""
+        assert self._grid is not None  # `setup` comes before
+        assert self._settings is not None
         model, results = module.measured()
+        found: list[GpuFigures] = []
+        begin = len(results.efficiency)
+        with console.progress("Efficiency", 1 + sum(self.warmup + point.repeats + 1 for point in self._grid)) as step:
+            step("what the machine can do")
+            peak = machine_peak(module.device, model.dtype)
+            for point in self._grid:
+                figures, gpu = measure_point(
+                    model,
+                    module.tokenizer,
+                    point,
+                    self._settings,
+                    peak,
+                    lambda note, point=point: step(f"{point}: {note}"),  # type: ignore[misc]
+                )
+                results.efficiency.append(figures)
+                found.append(gpu or GpuFigures())
+                if figures.latency_s is None:
+                    rank_zero_warn(f"Efficiency, {point}: {figures.missing['latency_s']}")
+        _tell_missing(results, begin, found)
 
-        def measure() -> None:
-            if peak is None:  # another rank
-                return
-            assert self._settings is not None
-            figures, gpu = measure_point(
-                model, module.tokenizer, point, self._settings, peak, lambda note: step(f"{point}: {note}")
-            )
-            results.efficiency.append(figures)
-            results.missing.update(gpu.missing if gpu is not None else {})
-            if figures.latency_s is None:
-                rank_zero_warn(f"Efficiency, {point}: {figures.missing['latency_s']}")
-
-        agreed(measure)
-
-    def _compare(self, trainer: pl.Trainer, module: CausalLM, name: str, begin: int) -> None:
-        """Runs the baseline in turn with the model, at every point that fitted into memory."""
+    def _compare(self, module: CausalLM, name: str, begin: int) -> None:
+        """Runs the baseline in turn with the model, at every point where the model ran."""
         assert self._grid is not None
+        assert self._settings is not None
         model, results = module.measured()
-        dense = agreed(lambda: self._load(module, model, name) if trainer.is_global_zero else None)
+        reason, dense = "", None
+        try:
+            dense = self._load(module, model, name)
+        except Exception as error:
+            reason = no_room(error) or ""
+            if not reason:
+                raise
+            rank_zero_warn(f"Efficiency: the baseline {name} could not be loaded beside the model: {reason}")
         pairs = sum(self.warmup + point.repeats for point in self._grid)
         with console.progress("Efficiency, in turn with the baseline", pairs) as step:
             for index, point in enumerate(self._grid, begin):
-
-                def measure(index: int = index, point: Point = point) -> None:
-                    if dense is None or results.efficiency[index].latency_s is None:
-                        return
-                    assert self._settings is not None
-                    found = compare_point(
-                        dense, name, model, module.tokenizer, point, self._settings, lambda _: step(str(point))
+                figures = results.efficiency[index]
+                if figures.latency_s is None:
+                    continue
+                compared: Paired | str = f"with both models, {reason}"
+                if dense is not None:
+                    compared = compare_point(
+                        dense,
+                        name,
+                        model,
+                        module.tokenizer,
+                        point,
+                        self._settings,
+                        lambda _, point=point: step(str(point)),  # type: ignore[misc]
                     )
-                    figures = results.efficiency[index]
-                    if isinstance(found, Paired):
-                        results.efficiency[index] = replace(figures, paired=found)
-                    else:
-                        results.efficiency[index] = replace(figures, missing={**figures.missing, "paired": found})
-
-                agreed(measure)
+                if isinstance(compared, Paired):
+                    results.efficiency[index] = replace(figures, paired=compared)
+                else:
+                    results.efficiency[index] = replace(figures, missing={**figures.missing, "paired": compared})
 
     def _load(self, module: CausalLM, model: "PreTrainedModel", name: str) -> "PreTrainedModel":
         """Loads the baseline as the model was loaded: dtype, attention and device."""
@@ -216,11 +258,37 @@ class Efficiency(EarlyCheck):
         return dense.to(module.device)  # type: ignore[arg-type]
 
 
+_PARTS = {
+    "gpu_utilisation": ("utilisation",),
+    "gpu_energy": ("energy",),
+    "gpu_memory": ("memory.process", "memory.device"),
+}
+"""Where in a point's figures that is which NVML may not tell."""
+
+
+def _tell_missing(results: Results, begin: int, found: list[GpuFigures]) -> None:
+    """Writes down why figures of the GPU are absent: once if it is the same at all points that ran."""
+    ran = [index for index, _ in enumerate(found, begin) if results.efficiency[index].latency_s is not None]
+    for key, parts in _PARTS.items():
+        reasons = {index: found[index - begin].missing.get(key) for index in ran}
+        same = set(reasons.values())
+        if len(same) == 1 and (reason := same.pop()) is not None:
+            results.missing[key] = reason
+            continue
+        for index, reason in reasons.items():
+            if reason is not None:
+                figures = results.efficiency[index]
+                missing = {**figures.missing, **dict.fromkeys(parts, reason)}
+                results.efficiency[index] = replace(figures, missing=missing)
+
+
 def _draw(path: Path, results: Results) -> None:
     """Draws the figures of this run, and those of the baseline that ran in turn with the model."""
     models = [(results.model.label, results.efficiency)]
-    theirs = [of_baseline(figures) for figures in results.efficiency if figures.paired is not None]
-    picture = efficiency_plot([("baseline", theirs), *models] if theirs else models)
+    paired = [sides_of(figures) for figures in results.efficiency if figures.paired is not None]
+    if paired:
+        models = [("baseline", [theirs for theirs, _ in paired]), (results.model.label, [ours for _, ours in paired])]
+    picture = efficiency_plot(models)
     if picture is None:
         path.unlink(missing_ok=True)  # of an earlier run
         return

@@ -87,7 +87,7 @@ class CLI(LightningCLI):
             "--baseline",
             type=str | None,
             default=None,
-            help="A dense model that callbacks.Efficiency runs in turn with this one, for the speed-up.",
+            help="A model, such as the dense one, that callbacks.Efficiency runs in turn with this one.",
         )
         action.add_subcommand("sweep", sweep_parser(), help="Methods x ratios x seeds on one model, and one table.")
         action.add_subcommand("data", data_parser(), help="Download what evaluation needs, for use without network.")

@@ -18,7 +18,7 @@ from slm_pl.compression.architecture import ARCHITECTURES, num_layers
 from slm_pl.compression.plan import count_parameters, load_plans
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.generation import complete
-from slm_pl.quantization import INT8, compress_first
+from slm_pl.quantization import INT8, compress_first, quantization_of
 from slm_pl.recovery.adapters import LoRA, add_adapters, merge_adapters, say_trainable, train_last_layers
 from slm_pl.recovery.distillation import Distillation
 from slm_pl.recovery.teacher import Teacher
@@ -141,7 +141,7 @@ class CausalLM(RecoveryModule):
             UsageError: If they are, in the checkpoint or because ``quantization`` asks for it.
         """
         config = self.plain.config if self.model is not None else loading.read_config(self.source)
-        found = loading.quantization_of(config) or (self.quantization and INT8)
+        found = quantization_of(config) or (self.quantization and INT8)
         if found:
             raise compress_first(self.pretrained, found, work)
 
@@ -152,7 +152,7 @@ class CausalLM(RecoveryModule):
         if self.model is None and stage == "fit" and sharding.is_sharded(self.trainer.strategy):
             return  # nobody needed the whole model: every process loads its part, in `configure_model`
         model = self.load_model()
-        if loading.quantization_of(model.config) is not None:
+        if quantization_of(model.config) is not None:
             if isinstance(self.trainer.strategy, DeepSpeedStrategy):
                 raise UsageError(
                     f"The weights of {self.pretrained} are quantised, and DeepSpeed is for training. Measure with "
@@ -282,6 +282,7 @@ class CausalLM(RecoveryModule):
                 num_parameters=count_parameters(model),
                 plan_sha256=self.plans[-1].sha256 if self.plans else None,
                 requested_ratio=self.plans[0].requested_ratio if len(self.plans) == 1 else None,
+                quantization=quantization_of(model.config),
             ),
             environment=Environment.collect(self.device, str(model.dtype).removeprefix("torch.")),
         )

@@ -4,8 +4,8 @@ One record per evaluated model: its identity, the environment, every figure with
 be measured is absent, and ``missing`` holds the reason under the figure's place, for example
 ``efficiency[0].peak_memory_bytes``; it is never zero and never a non-finite number. A text that a hook could not
 measure has the key ``perplexity <corpus> @ <sequence_length>`` or ``drift <corpus> @ <sequence_length>``, a whole part
-that is absent its name, ``drift``. What NVML did not tell, at no point of any grid, is ``gpu_utilisation``,
-``gpu_energy`` and ``gpu_memory``.
+that is absent its name, ``drift``. What NVML did not tell at any point of a grid is ``gpu_utilisation``, ``gpu_energy``
+or ``gpu_memory``.
 """
 
 import dataclasses
@@ -52,6 +52,7 @@ class ModelIdentity:
         plan_sha256: Fingerprint of the compression plan; None for a dense model.
         requested_ratio: Share of all parameters that the only plan was asked to remove; None if it was asked for
             something else.
+        quantization: What its weights are quantised to; None if they are not.
     """
 
     label: str
@@ -61,6 +62,7 @@ class ModelIdentity:
     num_parameters: int
     plan_sha256: str | None
     requested_ratio: float | None = None
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Trainer(pl.Trainer):
 
     Attributes:
         overwrite: Whether outputs of an earlier run may be replaced.
-        baseline: A dense model that speed is compared with in ``test``.
+        baseline: A model that speed is compared with in ``test``.
         pruning: Whether :meth:`prune` is running.
         resuming: Whether this run goes on with the one of its run directory, though it may have left no checkpoint yet.
         looping: Whether the training loop is running, which a signal does not break off.

@@ -272,6 +272,22 @@ def cache_values(layer: nn.Module, architecture: Architecture) -> int:
     return 2 * rows[0] // (queries + 2)
 
 
+def attention_windows(model: "PreTrainedModel") -> list[int | None]:
+    """How many tokens each decoder layer attends to; None for all."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = [None if window is None else "sliding_attention"] * config_layers(model.config)
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def context_length(config: "PreTrainedConfig") -> int | None:
+    """How many tokens a model can attend to by its position embeddings; None where nothing limits them."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) else None
+
+
 def idle_expert_bytes(model: "PreTrainedModel") -> int:
     """Bytes of the experts that one token does not use."""
     architecture = architecture_of(model)

@@ -1,6 +1,8 @@
 """Measurements that the processes of a run share: each does its part, all end with the whole."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -34,10 +36,25 @@ def gather(part: list[R]) -> list[R]:
     return [parts[item % size][item // size] for item in range(sum(map(len, parts)))]
 
 
-def agreed(work: Callable[[], R]) -> R:
+@contextlib.contextmanager
+def patiently() -> Iterator["dist.ProcessGroup | None"]:
+    """A group for :func:`agreed` in which processes wait for days: half an hour is usual. All processes enter it."""
+    _, size = world()
+    if size == 1:
+        yield None
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+def agreed(work: Callable[[], R], group: "dist.ProcessGroup | None" = None) -> R:
     """What ``work`` returns; a failure in one process is that of all, so that none waits for it in vain.
 
-    All processes call it, each with work of its own in which none waits for another.
+    All processes call it, each with work of its own in which none waits for another; in a group that is not the usual
+    one, if the work takes long.
 
     Raises:
         FloatingPointError: If ``work`` raised it in any process.
@@ -50,7 +67,7 @@ def agreed(work: Callable[[], R]) -> R:
         found.append(work())
     except Exception as error:
         own = error
-    for rank, failure in enumerate(_all(_told(own))):
+    for rank, failure in enumerate(_all(_told(own), group)):
         if failure is not None:
             if own is not None:
                 raise own
@@ -83,11 +100,11 @@ def _told(error: Exception | None) -> tuple[str, str] | None:
     return None if error is None else (type(error).__name__, str(error))
 
 
-def _all(mine: R) -> list[R]:
+def _all(mine: R, group: "dist.ProcessGroup | None" = None) -> list[R]:
     """What each process has, by rank."""
     _, size = world()
     if size == 1:
         return [mine]
     theirs: list[R] = [mine] * size
-    dist.all_gather_object(theirs, mine)
+    dist.all_gather_object(theirs, mine, group=group)
     return theirs

@@ -335,11 +335,11 @@ def _draw_memory(axes: "Axes", models: list[_Model], point: EfficiencyResult, na
 
 
 def _other(found: list[EfficiencyResult]) -> str:
-    """What the rest is: libraries and the interpreter on a CPU, gaps and workspaces on a GPU."""
+    """What the rest is: libraries and the interpreter on a CPU, workspaces on a GPU."""
     kinds = {"cuda" in one.peak_memory_bytes.source for one in found if one.peak_memory_bytes is not None}
     if len(kinds) != 1:
         return "other"
-    return "other: gaps and workspaces" if kinds == {True} else "other: libraries and the interpreter"
+    return "other: workspaces" if kinds == {True} else "other: libraries and the interpreter"
 
 
 # ----------------------------------------------------------------------------------------------------------- bars

@@ -94,11 +94,17 @@ def generation_protocol(one: EfficiencyResult) -> Protocol:
         "batch_size": one.batch_size,
         "prompt_tokens": one.prompt_tokens,
         "new_tokens": one.new_tokens,
+        "prompt": one.prompt or usual_prompt(one),
         "sampling": (runtime and runtime.sampling) or usual_sampling(one),
         "cache": runtime.cache if runtime else CACHE,
         "compile": runtime.compile if runtime else False,
         "sdpa_backend": runtime.sdpa_backend if runtime else None,
     }
+
+
+def usual_prompt(one: EfficiencyResult) -> str:
+    """What a protocol continues, unless a record says otherwise."""
+    return "protocol" if one.protocol == "shortened_llama" else "prose"
 
 
 def usual_sampling(one: EfficiencyResult) -> str:
@@ -120,7 +126,8 @@ def tokens_text(one: EfficiencyResult) -> str:
 def runtime_notes(one: EfficiencyResult) -> list[str]:
     """What is unusual of how a model was run, for titles and names."""
     protocol = generation_protocol(one)
-    notes = [str(protocol["sampling"])] if protocol["sampling"] != usual_sampling(one) else []
+    notes = [str(protocol["prompt"])] if protocol["prompt"] != usual_prompt(one) else []
+    notes += [str(protocol["sampling"])] if protocol["sampling"] != usual_sampling(one) else []
     notes += [f"{protocol['cache']} cache"] if protocol["cache"] != CACHE else []
     notes += ["compiled"] if protocol["compile"] else []
     return notes + ([f"SDPA {protocol['sdpa_backend']}"] if protocol["sdpa_backend"] is not None else [])
@@ -128,7 +135,8 @@ def runtime_notes(one: EfficiencyResult) -> list[str]:
 
 def quantization_of(record: Results) -> str | None:
     """How a model's weights are quantised, as far as its record says."""
-    return next((one.runtime.quantization for one in record.efficiency if one.runtime), None)
+    told = next((one.runtime.quantization for one in record.efficiency if one.runtime), None)
+    return record.model.quantization or told
 
 
 def weights_text(record: Results) -> str:
@@ -137,7 +145,7 @@ def weights_text(record: Results) -> str:
     if quantization is None:
         return record.environment.dtype
     dtypes = [one.runtime.dtype for one in record.efficiency if one.runtime]
-    return f"{dtypes[0]}, {quantization}"
+    return f"{next(iter(dtypes), record.environment.dtype)}, {quantization}"
 
 
 def harness_series(harness: str) -> str:

@@ -1,7 +1,7 @@
 """A comparison on the terminal, and as files: Markdown, LaTeX, CSV, JSON, a web page, and pictures.
 
-``comparison.png`` shows every quantity as bars, ``pareto.png`` what each model pays for its quality, ``efficiency.png``
-speed over the batch, the parts of latency and of memory.
+``comparison.png`` shows every quantity as bars, ``pareto.png`` what each model pays for its quality, and
+``comparison_efficiency.png`` speed over the batch, the parts of latency and of memory.
 """
 
 import textwrap
@@ -16,7 +16,7 @@ from slm_pl.report.efficiency_charts import efficiency_plot
 from slm_pl.report.pareto import pareto_plot
 from slm_pl.report.tables import Entry
 
-BARS, PARETO, EFFICIENCY = "comparison.png", "pareto.png", "efficiency.png"
+BARS, PARETO, EFFICIENCY = "comparison.png", "pareto.png", "comparison_efficiency.png"
 
 
 def compare(paths: Sequence[str], output_dir: str | None = None) -> Comparison:

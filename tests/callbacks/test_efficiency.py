@@ -1,15 +1,20 @@
 import json
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from callbacks import Efficiency, ExportCheckpoint
 from slm_pl.cli import main
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.efficiency import measuring
+from slm_pl.evaluation.efficiency.nvml import GpuFigures
+from slm_pl.evaluation.efficiency.record import Energy, Utilisation
 from slm_pl.results import Results
 from tests.helpers.pico import pico_model
 from tests.helpers.run import Drop, alpaca_data, make_module, make_trainer
+from tests.helpers.tokenizer import pico_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,6 +27,14 @@ def record_of(run, pretrained, *callbacks, baseline=None, **options):
     trainer.baseline = baseline
     trainer.test(make_module(pretrained, **options), alpaca_data(run / "data"), verbose=False)
     return Results.load(run / "results.json")
+
+
+def save_unknown(directory):
+    """A model whose layers this package does not know."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=256, n_embd=32, n_layer=2, n_head=2)).save_pretrained(
+        directory
+    )
+    pico_tokenizer().save_pretrained(directory)
 
 
 def test_a_grid_in_one_hook(pico_dir, tmp_path):
@@ -123,6 +136,73 @@ def test_a_point_without_room_does_not_end_the_grid(pico_dir, tmp_path, monkeypa
     assert [one.paired is None for one in found.efficiency] == [False, True, False]
 
 
+def test_no_room_for_the_baseline_loses_nothing(pico_dir, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 26 GiB.")
+
+    monkeypatch.setattr(Efficiency, "_load", full)
+    with pytest.warns(UserWarning, match="could not be loaded beside the model: out of memory"):
+        found = record_of(tmp_path, pico_dir, Efficiency(new_tokens=2, baseline=str(pico_dir), **QUICK))
+    assert found.efficiency[0].latency_s.n == 6
+    assert found.efficiency[0].paired is None
+    assert found.missing["efficiency[0].paired"].startswith("with both models, out of memory: CUDA out of memory")
+
+
+def test_what_nvml_told_of_some_points_only_is_missing_at_the_others(pico_dir, tmp_path, monkeypatch):
+    """With a stand-in for NVML, which this machine does not have."""
+
+    def figures(self, tokens):
+        absent = "too few samples" if tokens < 10 else None
+        reasons = {"gpu_energy": absent, "gpu_memory": "not told"}
+        energy = None if absent else Energy(5.0, 5.0 / tokens, "counter")
+        return GpuFigures(Utilisation(2.0, 40), energy, missing={k: v for k, v in reasons.items() if v})
+
+    monkeypatch.setattr(measuring.GpuSampler, "figures", figures)
+    found = record_of(tmp_path, pico_dir, Efficiency(batch_size=[1, 4], new_tokens=2, warmup=0, repeats=2))
+    assert found.missing == {"gpu_memory": "not told", "efficiency[0].energy": "too few samples"}
+    assert [one.energy and one.energy.joules for one in found.efficiency] == [None, 5.0]
+
+
+def test_the_command_line_overrides_the_baseline_of_a_config(pico_dir, tmp_path):
+    hook = Efficiency(new_tokens=2, baseline="./nowhere", **QUICK)
+    found = record_of(tmp_path, pico_dir, hook, baseline=str(pico_dir))
+    assert found.efficiency[0].paired.baseline == str(pico_dir)
+
+
+def test_adapters_are_merged_before(pico_dir, tmp_path):
+    class Modules(pl.Callback):
+        def on_test_epoch_end(self, trainer, pl_module):
+            self.names = [name for name, _ in pl_module.measured()[0].named_modules()]
+
+    fit = make_trainer(tmp_path / "fit", pl.callbacks.ModelCheckpoint(tmp_path / "fit"))
+    fit.fit(make_module(pico_dir), alpaca_data(tmp_path / "data"))
+    (checkpoint,) = (tmp_path / "fit").glob("*.ckpt")
+    seen, hook = Modules(), Efficiency(new_tokens=2, warmup=0, repeats=2)
+    trainer = make_trainer(tmp_path / "test", hook, seen)
+    trainer.test(make_module(pico_dir), alpaca_data(tmp_path / "data"), ckpt_path=str(checkpoint), verbose=False)
+    assert not any("lora" in name for name in seen.names)
+    record = Results.load(tmp_path / "test" / "results.json")
+    plain = record_of(tmp_path / "plain", pico_dir, Efficiency(new_tokens=2, warmup=0, repeats=2))
+    assert record.efficiency[0].work == plain.efficiency[0].work
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("switches", [{}, {"cache": "static"}, {"cache": "static", "compile": True}])
+def test_on_a_gpu(switches, pico_dir, tmp_path):
+    trainer = make_trainer(
+        tmp_path, Efficiency(new_tokens=4, baseline=str(pico_dir), **QUICK, **switches), accelerator="gpu"
+    )
+    trainer.test(make_module(pico_dir), alpaca_data(tmp_path / "data"), verbose=False)
+    found = Results.load(tmp_path / "results.json").efficiency[0]
+    assert found.runtime.compile == bool(switches.get("compile"))
+    assert found.peak_memory_bytes.reserved >= found.peak_memory_bytes.max > found.memory.weights
+    assert found.memory.kv_cache == found.memory.kv_cache_computed
+    assert 0 < found.time_to_first_token_s.max < found.latency_s.max
+    assert 0 < found.limit.latency_share < 1
+    assert found.paired.latency.pairs == 6
+
+
 def test_what_ran_is_named(pico_dir, tmp_path):
     hook = Efficiency(new_tokens=3, cache="static", sdpa_backend="math", warmup=0, repeats=2)
     found = record_of(tmp_path, pico_dir, hook, dtype="bfloat16", attn_implementation="sdpa").efficiency[0]
@@ -137,6 +217,8 @@ def test_what_ran_is_named(pico_dir, tmp_path):
     ("options", "message"),
     [
         ({"compile": True}, "Add cache: static"),
+        ({"compile": True, "cache": "static", "warmup": 1}, "the first two runs compile. Give 2 or more"),
+        ({"prompt": ["a", "b", "c"], "batch_size": 2}, "3 prompts and batches of 2 at most"),
         ({"prompt": "a", "prompt_tokens": 3}, "Give a prompt, which has its length, or"),
         ({"warmup": -1}, "warmup -1; allowed is 0 or more"),
         ({"batch_size": []}, "empty list for batch_size"),
@@ -159,4 +241,19 @@ def test_what_does_not_fit_the_model_is_told_before_a_search(pico_dir, tmp_path)
         record_of(tmp_path / "words", pico_dir, drop, Efficiency(baseline=str(tmp_path / "other")))
     with pytest.raises(UsageError, match="There is no directory"):
         record_of(tmp_path / "gone", pico_dir, drop, Efficiency(baseline="./nowhere"))
+    with pytest.raises(UsageError, match="sdpa_backend cudnn, which is for GPUs; on a CPU there are flash and math"):
+        record_of(tmp_path / "kernels", pico_dir, drop, Efficiency(sdpa_backend="cudnn"))
+    save_unknown(tmp_path / "gpt2")
+    with pytest.raises(UsageError, match="it is of model_type 'gpt2', whose layers are not known here"):
+        record_of(tmp_path / "unknown", tmp_path / "gpt2", Efficiency(baseline=str(pico_dir)))
     assert drop.searches == 0
+
+
+def test_an_unknown_architecture_is_measured_alone(tmp_path):
+    save_unknown(tmp_path / "gpt2")
+    one = record_of(tmp_path / "run", tmp_path / "gpt2", Efficiency(prompt_tokens=7, new_tokens=4, **QUICK)).efficiency[
+        0
+    ]
+    assert one.memory.kv_cache == 2 * 2 * 32 * 4 * (7 + 4 - 1)
+    assert one.memory.kv_cache_computed is None
+    assert one.work.kv_bytes_per_token == 2 * 2 * 32 * 4

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -13,21 +14,23 @@ from slm_pl.evaluation._model import device_of, evaluation_mode
 from slm_pl.evaluation.efficiency import work as accounts
 from slm_pl.evaluation.efficiency.memory import PeakMeter, cache_bytes, free_memory, weight_bytes
 from slm_pl.evaluation.efficiency.nvml import GpuFigures, GpuSampler
-from slm_pl.evaluation.efficiency.paired import in_turn, paired_of, promise_of, time_parts
+from slm_pl.evaluation.efficiency.paired import in_turn, paired_of, promise_of, same_layers, time_parts
 from slm_pl.evaluation.efficiency.prompts import Prompts
 from slm_pl.evaluation.efficiency.protocols import Point, Protocol
 from slm_pl.evaluation.efficiency.record import (
     EfficiencyResult,
+    Limit,
     MachinePeak,
     Memory,
     Paired,
     PeakMemory,
+    Promise,
     Runtime,
     Spread,
     Work,
 )
 from slm_pl.evaluation.efficiency.runs import Runner, Switches, Times, as_it_was
-from slm_pl.loading import quantization_of
+from slm_pl.quantization import quantization_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,18 +95,19 @@ def measure_point(
         step: Called after each run.
 
     Returns:
-        The figures, and the GPU's; the latter are None if the memory did not suffice.
+        The figures, and the GPU's; the latter are None if the model could not run.
     """
-    with _prepared(model, tokenizer, point, settings) as runner:
-        short = _too_large(model, point, settings)
-        try:
-            if short:
-                raise MemoryError(short)
-            return _measured(runner, point, settings, peak, step)
-        except Exception as error:
-            if not _out_of_memory(error):
-                raise
-            reason = f"out of memory: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+    short = _too_large(model, point, settings)
+    reason: str | None = f"out of memory: {short}" if short else None
+    if reason is None:
+        with _prepared(model, tokenizer, point, settings) as runner:
+            try:
+                return _measured(runner, point, settings, peak, step)
+            except Exception as error:
+                reason = no_room(error)
+                if reason is None:
+                    raise
+        del runner
     # Behind the block and the handler, which hold on to what did not fit.
     _free(device_of(model))
     absent = ("latency_s", "time_to_first_token_s", "output_tokens_per_s", "peak_memory_bytes")
@@ -138,28 +142,56 @@ def compare_point(
         _prepared(baseline, tokenizer, point, settings) as theirs,
         _prepared(model, tokenizer, point, settings) as ours,
     ):
+        promise: Promise | None = None
         try:
             slower, faster = in_turn(theirs, ours, settings.warmup, point.repeats, settings.seed, step)
-            parts = time_parts(theirs, settings.seed)
-            work = [_work(one, point, settings) for one in (theirs, ours)]
         except Exception as error:
-            if not _out_of_memory(error):
+            reason = no_room(error)
+            if reason is None:
                 raise
-            reason = f"out of memory with both models: {type(error).__name__}"
         else:
-            return paired_of(name, baseline, slower, faster, promise_of(baseline, model, parts, *work))
+            try:
+                promise = _promise(theirs, ours, point, settings)
+            except Exception as error:
+                if no_room(error) is None:
+                    raise
+            return paired_of(name, baseline, slower, faster, point.batch_size * point.new_tokens, promise)
+    del theirs, ours
     _free(device_of(model))
-    return reason
+    return f"with both models, {reason}"
 
 
-def runtime_of(model: "PreTrainedModel", point: Point, settings: Settings) -> Runtime:
-    """How a model is run at a point."""
+def _promise(theirs: Runner, ours: Runner, point: Point, settings: Settings) -> Promise:
+    parts = None
+    if same_layers(theirs.model, ours.model) and not settings.switches.compile:
+        short = Runner(
+            theirs.model,
+            theirs.batch,
+            min(point.new_tokens, 16),
+            theirs.sampling,
+            theirs.switches,
+            theirs.pad_token_id,
+        )
+        parts = time_parts(short, settings.seed)
+    return promise_of(theirs.model, ours.model, parts, *(_work(one, point, settings) for one in (theirs, ours)))
+
+
+def runtime_of(model: "PreTrainedModel", point: Point, settings: Settings, compiled: bool = False) -> Runtime:
+    """How a model is run at a point.
+
+    Args:
+        model: The model.
+        point: The point.
+        settings: What was asked for.
+        compiled: Whether it really ran through ``torch.compile``.
+    """
+    attention = getattr(model.config, "_attn_implementation", None)
     return Runtime(
         dtype=str(model.dtype).removeprefix("torch."),
-        attention=getattr(model.config, "_attn_implementation", None),
-        sdpa_backend=settings.switches.sdpa_backend,
-        cache=settings.switches.cache,
-        compile=settings.switches.compile,
+        attention=attention,
+        sdpa_backend=settings.switches.sdpa_backend if attention == "sdpa" else None,
+        cache=settings.switches.cache if point.new_tokens else "dynamic",
+        compile=compiled,
         quantization=quantization_of(model.config),
         sampling=settings.protocol.sampling if point.new_tokens else None,
     )
@@ -182,10 +214,11 @@ def _measured(
     runner: Runner, point: Point, settings: Settings, peak: MachinePeak, step: Callable[[str], None]
 ) -> tuple[EfficiencyResult, GpuFigures]:
     model, device = runner.model, device_of(runner.model)
+    meter = PeakMeter(device)
+    meter.clear()
     for run in range(settings.warmup):
         runner.timed(settings.seed + run)
         step("warm-up")
-    meter = PeakMeter(device)
     meter.reset()
     times: list[Times] = []
     with GpuSampler(device) as sampler:
@@ -195,32 +228,40 @@ def _measured(
     found, reason = meter.read()
     tokens = point.batch_size * (point.new_tokens or point.prompt_tokens or 0) * point.repeats
     gpu = sampler.figures(tokens)
-    done = accounts.account(runner, settings.seed)
+    result = replace(
+        _result(point, settings, runtime_of(model, point, settings, runner.compiled), times, found, runner.tokens),
+        utilisation=gpu.utilisation,
+        energy=gpu.energy,
+        machine_peak=peak,
+        missing={} if found else {"peak_memory_bytes": reason},
+    )
+    try:
+        done = accounts.account(runner, settings.seed)
+    except Exception as error:
+        lost = no_room(error)
+        if lost is None:
+            raise
+        missing = {**result.missing, **dict.fromkeys(("work", "memory", "limit"), f"while counting, {lost}")}
+        return replace(result, missing=missing), gpu
     step("counting")
     work = accounts.work_of(model, point.batch_size, point.prompt_tokens or 0, point.new_tokens, done)
-    result = _result(point, settings, runtime_of(model, point, settings), times, found)
+    memory = _memory(model, point, settings, done, found, gpu)
+    return replace(result, work=work, memory=memory, limit=_limit(model, result, work, peak)), gpu
+
+
+def _limit(model: "PreTrainedModel", result: EfficiencyResult, work: Work, peak: MachinePeak) -> Limit:
     assert result.latency_s is not None
     assert result.time_to_first_token_s is not None
     per_token = result.time_per_output_token_s
-    result = replace(
-        result,
-        memory=_memory(model, point, settings, done, found, gpu),
-        utilisation=gpu.utilisation,
-        energy=gpu.energy,
-        work=work,
-        machine_peak=peak,
-        limit=accounts.limit_of(
-            work,
-            peak,
-            accounts.read_weights(model, point.batch_size * (point.prompt_tokens or 0)),
-            point.new_tokens,
-            result.time_to_first_token_s.median,
-            None if per_token is None else per_token.median,
-            result.latency_s.median,
-        ),
-        missing={} if found else {"peak_memory_bytes": reason},
+    return accounts.limit_of(
+        work,
+        peak,
+        accounts.read_weights(model, result.batch_size * result.prompt_tokens),
+        result.new_tokens,
+        result.time_to_first_token_s.median,
+        None if per_token is None else per_token.median,
+        result.latency_s.median,
     )
-    return result, gpu
 
 
 def _work(runner: Runner, point: Point, settings: Settings) -> Work:
@@ -234,10 +275,11 @@ def _result(
     runtime: Runtime,
     times: list[Times] | None = None,
     peak: PeakMemory | None = None,
+    read: int = 0,
     missing: dict[str, str] | None = None,
 ) -> EfficiencyResult:
     assert point.prompt_tokens is not None
-    new, read = point.batch_size * point.new_tokens, point.batch_size * point.prompt_tokens
+    new = point.batch_size * point.new_tokens
 
     def spread(values: list[float]) -> Spread | None:
         return Spread.of(values) if values else None
@@ -258,8 +300,19 @@ def _result(
         inter_token_s=spread([seconds for one in times for seconds in one.between]),
         total_tokens_per_s=spread([(read + new) / one.total for one in times]),
         runtime=runtime,
+        prompt=_prompt(point, settings),
         missing=missing or {},
     )
+
+
+def _prompt(point: Point, settings: Settings) -> str:
+    """Which text was continued."""
+    texts = settings.prompts.texts
+    if not point.own_text or texts is None:
+        return "prose"
+    if list(texts) == [settings.protocol.prompt]:
+        return "protocol"
+    return f"own {hashlib.sha256(chr(10).join(texts).encode()).hexdigest()[:8]}"
 
 
 def _memory(
@@ -302,11 +355,32 @@ def _too_large(model: "PreTrainedModel", point: Point, settings: Settings) -> st
     return f"the key/value cache alone takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out; torch's allocator of the CPU has no exception of its own."""
+# What libraries beneath torch say without torch's own exception.
+_FULL = (
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "MPS backend out of memory",
+)
+_NO_KERNEL = ("No available kernel", "No viable backend")
+
+
+def no_room(error: BaseException) -> str | None:
+    """Why a point cannot be measured: the memory is full, or no kernel that was allowed can do it.
+
+    Returns:
+        The reason; None if the error says something else.
+    """
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        return f"out of memory: {said}"
+    if isinstance(error, RuntimeError):
+        if any(phrase in str(error) for phrase in _FULL):
+            return f"out of memory: {said}"
+        if any(phrase in str(error) for phrase in _NO_KERNEL):
+            return f"sdpa_backend has no kernel for this: {said}"
+    return None
 
 
 def _free(device: torch.device) -> None:

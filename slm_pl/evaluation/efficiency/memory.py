@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from slm_pl.compression.architecture import ARCHITECTURES, cache_values, decoder_layers
+from slm_pl.compression.architecture import ARCHITECTURES, attention_windows, cache_values, decoder_layers
 from slm_pl.evaluation.efficiency.record import PeakMemory
 from slm_pl.memory import plain_tensors
 
@@ -49,50 +49,53 @@ def cache_bytes(model: "PreTrainedModel", batch_size: int, tokens: int, static: 
         return None
     architecture = ARCHITECTURES[model.config.model_type]
     values = 0
-    for layer, window in zip(decoder_layers(model), _windows(model), strict=True):
+    for layer, window in zip(decoder_layers(model), attention_windows(model), strict=True):
         # A layer with a window keeps what the next token will see of the past; from the start, room for that one, too.
         kept = tokens if window is None else min(tokens, window if static else window - 1)
         values += kept * cache_values(layer, architecture)
     return values * batch_size * model.dtype.itemsize
 
 
-def _windows(model: "PreTrainedModel") -> list[int | None]:
-    """How many tokens each layer attends to; None for all."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    layers = len(decoder_layers(model))
-    kinds = getattr(config, "layer_types", None) or [None if window is None else "sliding_attention"] * layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
 def free_memory() -> int | None:
-    """Bytes of main memory that programs can still take, where the system tells."""
+    """Bytes of main memory that this process can still take, where the system tells: its own limit, if it has one."""
     info = Path("/proc/meminfo")
     if not info.is_file():
         return None
-    for line in info.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    lines = info.read_text().splitlines()
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    # A container's or a job's limit: Linux, Control Group v2.
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        free.append(max(int(text) - int(used.read_text()), 0))
+    return min(free, default=None)
 
 
 class PeakMeter:
-    """Peak memory between ``reset`` and ``read``."""
+    """Peak memory between ``reset`` and ``read``.
+
+    ``clear`` comes first, and a run between it and ``reset``: memory that was given back has to be taken anew, which
+    takes time.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.reason = f"no peak memory counter for device {device.type!r} on this system"
 
-    def reset(self) -> None:
-        """Starts anew from what is in use now."""
+    def clear(self) -> None:
+        """Gives back what is free; else what earlier work took would count as used, or as reserved."""
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # else what an earlier run reserved would count as reserved by this one
-            torch.cuda.reset_peak_memory_stats(self.device)
+            torch.cuda.empty_cache()
         elif self.device.type == "cpu":
-            # Freed memory that the allocator keeps would count as used; only glibc can be told to give it back.
+            # Only glibc can be told to give it back.
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+    def reset(self) -> None:
+        """Starts anew from what is in use now."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.device.type == "cpu":
             try:
                 # Sets the high-water mark of the resident set to its present size: man 5 proc, /proc/pid/clear_refs.
                 Path("/proc/self/clear_refs").write_text("5")

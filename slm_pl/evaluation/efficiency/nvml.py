@@ -2,8 +2,9 @@
 
 All readings but the process's memory are of the whole GPU, whoever uses it. They are coarser than the samples are
 close: utilisation is that of the driver's last sample period, between 1/6 s and 1 s depending on the product, so the
-first samples still tell of the time before the counted runs. Power is the present one on GA100 and on GPUs older than
-Ampere, and the mean of the last second on newer ones. Figures of runs of a few seconds or less are rough.
+first samples still tell of the time before the counted runs; they are left out where these last long enough. Power is
+the present one on GA100 and on GPUs older than Ampere, and the mean of the last second on newer ones. Figures of runs of
+a few seconds or less are rough.
 """
 
 import itertools
@@ -20,6 +21,7 @@ import torch
 from slm_pl.evaluation.efficiency.record import Energy, Spread, Utilisation
 
 _T = TypeVar("_T")
+_PERIOD = 1.0  # seconds: the longest time over which drivers take the mean
 _READINGS = ("gpu_percent", "memory_percent", "power_w", "sm_clock_mhz", "temperature_c")
 
 
@@ -117,6 +119,11 @@ def summarise(samples: Sequence[Sample], start: float, end: float) -> Utilisatio
     return Utilisation(end - start, len(inside), **spreads) if spreads else None
 
 
+def settled(start: float, end: float) -> float:
+    """From when on samples tell of the time after ``start`` alone: a second later, if that leaves two at least."""
+    return start + _PERIOD if end - start >= 3 * _PERIOD else start
+
+
 def energy(
     samples: Sequence[Sample],
     start: float,
@@ -207,7 +214,7 @@ class GpuSampler:
             return GpuFigures(missing=dict.fromkeys(("gpu_utilisation", "gpu_energy", "gpu_memory"), self._found))
         # What was sampled before the thread failed would pass for the whole time.
         samples = [] if self._failure else self._samples
-        used = summarise(samples, self._start, self._end)
+        used = summarise(samples, settled(self._start, self._end), self._end)
         joules = energy(samples, self._start, self._end, self._counter_start, self._counter_end, tokens)
         process, device = memory_peaks(samples, self._start, self._end)
         reasons = {

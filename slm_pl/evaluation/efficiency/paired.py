@@ -4,7 +4,7 @@ import contextlib
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -13,6 +13,7 @@ from slm_pl.compression.architecture import decoder_layers, num_layers
 from slm_pl.compression.plan import count_parameters
 from slm_pl.evaluation._model import device_of
 from slm_pl.evaluation.efficiency.clock import clock_of
+from slm_pl.evaluation.efficiency.memory import tensor_bytes
 from slm_pl.evaluation.efficiency.record import EfficiencyResult, Paired, Promise, Ratio, Spread, Work
 from slm_pl.evaluation.efficiency.runs import Runner, Times
 
@@ -101,32 +102,37 @@ def _timed_modules(runner: Runner, modules: Sequence[nn.Module]) -> Iterator[Cal
 
 
 def promise_of(
-    baseline: "PreTrainedModel", model: "PreTrainedModel", parts: Parts, theirs: Work, ours: Work
+    baseline: "PreTrainedModel", model: "PreTrainedModel", parts: Parts | None, theirs: Work, ours: Work
 ) -> Promise:
     """What there is to expect of the ratio.
 
     Args:
         baseline: The slower model.
         model: The other.
-        parts: Times of the baseline.
+        parts: Times of the baseline; None where they say nothing about the model.
         theirs: The baseline's work.
         ours: The model's.
     """
     before, after = num_layers(baseline), num_layers(model)
 
-    def by_layers(layer: float, head: float) -> float:
+    def by_layers(layer: float | None, head: float | None) -> float | None:
+        if layer is None or head is None:
+            return None
         return (before * layer + head) / (after * layer + head)
 
-    decode = None
-    if parts.decode_layer is not None and parts.decode_head is not None:
-        decode = by_layers(parts.decode_layer, parts.decode_head)
     return Promise(
         layers=before / after,
-        prefill_layer_times=by_layers(parts.prefill_layer, parts.prefill_head),
-        decode_layer_times=decode,
+        prefill_layer_times=by_layers(parts.prefill_layer, parts.prefill_head) if parts else None,
+        decode_layer_times=by_layers(parts.decode_layer, parts.decode_head) if parts else None,
         prefill_macs=theirs.prefill_macs / ours.prefill_macs,
         decode_bytes=theirs.step_bytes / ours.step_bytes if ours.decode_macs else None,
     )
+
+
+def same_layers(baseline: "PreTrainedModel", model: "PreTrainedModel") -> bool:
+    """Whether a layer of one takes as long as a layer of the other: equally wide, and stored in the same bits."""
+    sizes = [{tensor_bytes(layer.parameters()) for layer in decoder_layers(one)} for one in (baseline, model)]
+    return sizes[0] >= sizes[1]
 
 
 def in_turn(
@@ -149,12 +155,29 @@ def in_turn(
 
 
 def paired_of(
-    name: str, baseline: "PreTrainedModel", slower: list[Times], faster: list[Times], promise: Promise
+    name: str,
+    baseline: "PreTrainedModel",
+    slower: list[Times],
+    faster: list[Times],
+    new_tokens: int,
+    promise: Promise | None,
 ) -> Paired:
-    """Puts pairs of runs together."""
+    """Puts pairs of runs together.
+
+    Args:
+        name: What the baseline was loaded from.
+        baseline: The baseline.
+        slower: Its times.
+        faster: The model's, pair by pair.
+        new_tokens: That a run makes, of all rows together.
+        promise: What there is to expect.
+    """
 
     def steps(times: list[Times]) -> list[float]:
         return [one.per_token for one in times if one.per_token is not None]
+
+    def rates(times: list[Times]) -> Spread | None:
+        return Spread.of([new_tokens / one.total for one in times]) if new_tokens else None
 
     return Paired(
         baseline=name,
@@ -166,30 +189,35 @@ def paired_of(
         baseline_latency_s=Spread.of([one.total for one in slower]),
         latency_s=Spread.of([one.total for one in faster]),
         promise=promise,
+        time_to_first_token_s=Spread.of([one.first for one in faster]),
         baseline_time_to_first_token_s=Spread.of([one.first for one in slower]),
+        output_tokens_per_s=rates(faster),
+        baseline_output_tokens_per_s=rates(slower),
     )
 
 
-def of_baseline(figures: EfficiencyResult) -> EfficiencyResult:
-    """What is known of the baseline that ran in turn with a model: its seconds, and what follows from them."""
-    assert figures.paired is not None
-    latency, new = figures.paired.baseline_latency_s, figures.batch_size * figures.new_tokens
-    # The median of 1/x is one over the median of x; of the other statistics, only the order turns around.
-    rate = (
-        None
-        if not new
-        else Spread(new / latency.median, new / latency.median, 0.0, new / latency.max, new / latency.min)
-    )
-    return EfficiencyResult(
+def sides_of(figures: EfficiencyResult) -> tuple[EfficiencyResult, EfficiencyResult]:
+    """What the runs in turn tell of the baseline, and of the model."""
+    paired = figures.paired
+    assert paired is not None
+    baseline = EfficiencyResult(
         protocol=figures.protocol,
         batch_size=figures.batch_size,
         prompt_tokens=figures.prompt_tokens,
         new_tokens=figures.new_tokens,
         warmup=figures.warmup,
-        repeats=figures.repeats,
-        latency_s=latency,
-        time_to_first_token_s=figures.paired.baseline_time_to_first_token_s,
-        output_tokens_per_s=rate,
+        repeats=paired.latency.pairs,
+        latency_s=paired.baseline_latency_s,
+        time_to_first_token_s=paired.baseline_time_to_first_token_s,
+        output_tokens_per_s=paired.baseline_output_tokens_per_s,
         peak_memory_bytes=None,
-        runtime=figures.runtime,
+        runtime=figures.runtime and replace(figures.runtime, quantization=None),
+        prompt=figures.prompt,
     )
+    own = replace(
+        figures,
+        latency_s=paired.latency_s,
+        time_to_first_token_s=paired.time_to_first_token_s,
+        output_tokens_per_s=paired.output_tokens_per_s,
+    )
+    return baseline, own

@@ -41,6 +41,7 @@ class Prompts:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str] | None = None) -> None:
+        self.texts = texts
         self._tokenizer = tokenizer
         self._prose: list[int] | None = None
         self._texts: list[list[int]] = []

@@ -82,7 +82,7 @@ class Memory:
         kv_cache: Tensors of the key/value cache at the end of the run; None of a forward pass without one.
         kv_cache_computed: The same by arithmetic: 2 x KV heads x head size x tokens x batch x bytes of a value, summed
             over the layers.
-        other: The peak without the three: libraries and the interpreter on a CPU, gaps and workspaces on a GPU.
+        other: The peak without the three: libraries and the interpreter on a CPU, workspaces of libraries on a GPU.
         process: Of this process on the GPU, by NVML; the CUDA context is part of it.
         device: In use on the whole GPU, by NVML.
     """
@@ -142,7 +142,7 @@ class Work:
     Args:
         prefill_macs: Multiply-accumulates of reading the prompts of the batch, attention included.
         decode_macs: Of all further steps of the batch together; 0 of a forward pass.
-        macs_per_prompt_token: Of reading one token of a prompt.
+        macs_per_prompt_token: Of reading one token of a prompt; padding counts as tokens.
         macs_per_output_token: Of making one token, on average over the run; None of a forward pass.
         kv_bytes_per_token: Bytes that one token adds to the key/value cache, in all layers.
         step_bytes: Bytes that one decode step must read at least, on average: the weights once (of an embedding that is
@@ -199,14 +199,15 @@ class Limit:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How the model was run; figures of two runtimes do not stand in one row, but for the quantisation of weights.
+    """What ran; figures of two runtimes do not stand in one row, but for the quantisation of weights.
 
     Args:
         dtype: Of weights and activations.
         attention: Implementation of attention in transformers, such as ``sdpa``.
-        sdpa_backend: Which kernels of scaled dot-product attention were allowed; None for torch's own choice.
-        cache: Key/value cache: ``dynamic`` or ``static``.
-        compile: Whether decode steps ran through ``torch.compile``.
+        sdpa_backend: Which kernels of scaled dot-product attention were allowed; None for torch's own choice, and where
+            attention does not use it.
+        cache: Key/value cache: ``dynamic`` or ``static``; a forward pass has none, and says ``dynamic``.
+        compile: Whether decode steps (or the forward pass) ran through ``torch.compile``; transformers may decline.
         quantization: Of the weights, such as ``int8 weight-only (torchao)``; None for none.
         sampling: How the next token was chosen: ``sampled`` or ``greedy``; None of a forward pass.
     """
@@ -243,6 +244,9 @@ class Ratio:
 class Promise:
     """The speed-up that there is to expect, by several accounts.
 
+    Times of a layer and of the head are taken by hooks in uncompiled runs of at most 16 new tokens. They are absent
+    where they say nothing: of layers that differ in width or in the bits of their weights, and of compiled runs.
+
     Args:
         layers: Decoder layers of the baseline over those of this model.
         prefill_layer_times: ``(n t + h) / (m t + h)`` with the baseline's own time t of a layer and h of its head in
@@ -253,7 +257,7 @@ class Promise:
     """
 
     layers: float
-    prefill_layer_times: float
+    prefill_layer_times: float | None
     decode_layer_times: float | None
     prefill_macs: float
     decode_bytes: float | None
@@ -272,8 +276,11 @@ class Paired:
         time_per_output_token: The same of a decode step; None of a forward pass.
         baseline_latency_s: Seconds of the baseline in these runs.
         latency_s: Seconds of this model in these runs.
-        promise: What there is to expect.
+        promise: What there is to expect; None if the memory did not suffice for counting.
+        time_to_first_token_s: As ``latency_s``, of the prefill.
         baseline_time_to_first_token_s: As ``baseline_latency_s``, of the prefill.
+        output_tokens_per_s: Of this model in these runs; None of a forward pass.
+        baseline_output_tokens_per_s: Of the baseline.
     """
 
     baseline: str
@@ -284,8 +291,11 @@ class Paired:
     time_per_output_token: Ratio | None
     baseline_latency_s: Spread
     latency_s: Spread
-    promise: Promise
+    promise: Promise | None
+    time_to_first_token_s: Spread | None = None
     baseline_time_to_first_token_s: Spread | None = None
+    output_tokens_per_s: Spread | None = None
+    baseline_output_tokens_per_s: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -293,7 +303,8 @@ class EfficiencyResult:
     """Speed and memory at one point of a grid, with the protocol; figures of two protocols do not compare.
 
     Args:
-        protocol: Name of the protocol.
+        protocol: Whose rules: sampling, warm-up and, unless ``prompt`` says otherwise, prompts. The point may be
+            another than the published ones.
         batch_size: Prompts at once.
         prompt_tokens: Tokens of one prompt, padding included where they differ in length.
         new_tokens: Tokens generated for each prompt, exactly; 0 for one forward pass over the prompts.
@@ -309,7 +320,7 @@ class EfficiencyResult:
         time_per_output_token_s: Seconds of a decode step, the mean over each run: ``(latency - time to first token) /
             (new_tokens - 1)``. None with fewer than 2 new tokens.
         inter_token_s: Seconds between two tokens of a run, over the tokens of all runs: its percentiles show stalls.
-        total_tokens_per_s: As ``output_tokens_per_s``, prompt tokens counted, too.
+        total_tokens_per_s: As ``output_tokens_per_s``, prompt tokens counted, too, but not their padding.
         memory: What the peak is made of.
         utilisation: Of the GPU; absent elsewhere.
         energy: Of the GPU; absent elsewhere.
@@ -318,6 +329,7 @@ class EfficiencyResult:
         limit: The least time for that work on that machine.
         runtime: How the model was run.
         paired: Speed-up over a baseline that ran in turn with this model.
+        prompt: ``protocol`` for the protocol's own text, ``prose``, or ``own`` and a hash of the user's texts.
         missing: Reason of each figure that could not be measured.
     """
 
@@ -342,4 +354,5 @@ class EfficiencyResult:
     limit: Limit | None = None
     runtime: Runtime | None = None
     paired: Paired | None = None
+    prompt: str | None = None
     missing: dict[str, str] = field(default_factory=dict)

@@ -80,6 +80,9 @@ class Runner:
         sampling: How they are chosen: the likeliest, or drawn with top-k 50, top-p 0.95 and temperature 1.
         switches: How it is run.
         pad_token_id: The padding token.
+
+    Attributes:
+        tokens: Tokens of all prompts, without padding.
     """
 
     def __init__(
@@ -96,11 +99,18 @@ class Runner:
         self.new_tokens = new_tokens
         self.sampling = sampling
         self.switches = switches
-        self._pad = 0 if pad_token_id is None else pad_token_id
+        self.pad_token_id = pad_token_id
+        self.tokens = int(batch.mask.sum())
         self._device = device_of(model)
         self._clock = clock_of(self._device)
         self._ids, self._mask = batch.ids.to(self._device), batch.mask.to(self._device)
         self._compiled: Callable[..., object] | None = None
+        self._cache: Cache | None = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether timed runs went through ``torch.compile``; transformers declines of some models and caches."""
+        return self._compiled is not None or "_compiled_call" in vars(self.model)
 
     def timed(self, seed: int) -> Times:
         """Runs once and takes the time; an accelerator is waited for before and after."""
@@ -108,9 +118,10 @@ class Runner:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         with self._surroundings():
+            cache = self._static_cache()
             marks = [self._clock.mark()]
             if self.new_tokens:
-                self._generate(lambda: marks.append(self._clock.mark()), self.switches.compile)
+                self._generate(lambda: marks.append(self._clock.mark()), self.switches.compile, cache)
             else:
                 self._forward(self.switches.compile)
             marks.append(self._clock.mark())
@@ -140,6 +151,19 @@ class Runner:
         with torch.inference_mode(), sdpa_kernel(_BACKENDS[backend]) if backend else contextlib.nullcontext():
             yield
 
+    def _static_cache(self) -> "Cache | None":
+        """An empty static cache, always the same: CUDA graphs keep the addresses that they were recorded with."""
+        from transformers import StaticCache
+
+        if self.switches.cache != "static" or not self.new_tokens:
+            return None
+        if self._cache is None:
+            tokens = self._ids.shape[1] + self.new_tokens - 1  # the last one is chosen, but never read
+            self._cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=tokens)
+        else:
+            self._cache.reset()
+        return self._cache
+
     def _forward(self, compiled: bool) -> None:
         call: Callable[..., object] = self.model
         if compiled:
@@ -148,7 +172,7 @@ class Runner:
             call = self._compiled
         call(input_ids=self._ids, attention_mask=self._mask, use_cache=False)
 
-    def _generate(self, on_token: Callable[[], None], compiled: bool) -> "Cache":
+    def _generate(self, on_token: Callable[[], None], compiled: bool, cache: "Cache | None" = None) -> "Cache":
         from transformers import StoppingCriteria, StoppingCriteriaList
 
         go_on = torch.zeros(len(self._ids), dtype=torch.bool, device=self._device)
@@ -167,14 +191,16 @@ class Runner:
             output = call(
                 input_ids=self._ids,
                 attention_mask=self._mask,
-                generation_config=self._generation_config(compiled),
+                generation_config=self._generation_config(compiled, own_cache=cache is None),
                 stopping_criteria=StoppingCriteriaList([EveryToken()]),
+                past_key_values=cache,
             )
         made = output.sequences.shape[1] - self._ids.shape[1]  # type: ignore[attr-defined]
-        assert made == self.new_tokens, "the end-of-sequence token was not suppressed"
+        if made != self.new_tokens:
+            raise RuntimeError(f"{made} tokens were generated in place of {self.new_tokens}")
         return cast("Cache", output.past_key_values)  # type: ignore[attr-defined]
 
-    def _generation_config(self, compiled: bool) -> "GenerationConfig":
+    def _generation_config(self, compiled: bool, own_cache: bool) -> "GenerationConfig":
         from transformers import CompileConfig, GenerationConfig
 
         drawn = {"top_k": 50, "top_p": 0.95, "temperature": 1.0} if self.sampling == "sampled" else {}
@@ -184,11 +210,11 @@ class Runner:
             use_cache=True,
             min_new_tokens=self.new_tokens,
             max_new_tokens=self.new_tokens,
-            pad_token_id=self._pad,
+            pad_token_id=0 if self.pad_token_id is None else self.pad_token_id,
             disable_compile=not compiled,
             return_dict_in_generate=True,
         )
-        if self.switches.cache == "static":
+        if self.switches.cache == "static" and own_cache:
             config.cache_implementation = "static"
         if compiled:
             # CUDA graphs, transformers' own choice; there is no such thing on a CPU. And always code for the shapes at

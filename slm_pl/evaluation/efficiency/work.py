@@ -44,7 +44,8 @@ def account(runner: Runner, seed: int) -> Account:
     unknown |= {getattr(module, name): _experts_flops for module, name in experts if hasattr(module, name)}
     prefill = 0
     counter = FlopCounterMode(display=False, custom_mapping=unknown)
-    with _frozen(runner.model), TensorBytes(runner.model) as tensors, counter as flops:
+    model = runner.model
+    with _known_attention(model), _frozen(model), TensorBytes(model) as tensors, counter as flops:
 
         def on_token() -> None:
             nonlocal prefill
@@ -55,6 +56,20 @@ def account(runner: Runner, seed: int) -> Account:
     prefill = prefill or total
     size = None if cache is None else _measured(cache)
     return Account(prefill, total - prefill, tensors.peak, size)
+
+
+@contextlib.contextmanager
+def _known_attention(model: "PreTrainedModel") -> Iterator[None]:
+    """Counts with torch's own attention where the model's is a library's kernel: the operations are the same."""
+    own = getattr(model.config, "_attn_implementation", None)
+    if own in (None, "sdpa", "eager", "flex_attention"):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 @contextlib.contextmanager
@@ -129,19 +144,36 @@ def read_weights(model: "PreTrainedModel", rows: int) -> int:
 
 
 def machine_peak(device: torch.device, dtype: torch.dtype) -> MachinePeak:
-    """Times a large matrix product and a large copy: the best of several, since nothing but disturbance varies them."""
+    """Times a large matrix product and a large copy, and takes the best of several.
+
+    The product is as large as takes about a fifth of a second at most; both are smaller where they do not fit beside
+    the model.
+    """
     large = device.type != "cpu"
-    side, size = (8192, 2**30) if large else (2048, 2**28)
+    most_side, size = (8192, 2**30) if large else (2048, 2**28)
+    side = 512
     with torch.inference_mode():
-        flops = 2 * side**3 / _product_seconds(side, device, dtype)
-        rate = 2 * size / _copy_seconds(size, device)
+        while side < most_side and 8 * _product_seconds(side, device, dtype, least=0.0) < 0.2:
+            side *= 2
+        while True:
+            try:
+                seconds = _product_seconds(side, device, dtype)
+                break
+            except torch.OutOfMemoryError:
+                side //= 2
+        while True:
+            try:
+                rate = 2 * size / _copy_seconds(size, device)
+                break
+            except torch.OutOfMemoryError:
+                size //= 2
     name = str(dtype).removeprefix("torch.")
-    return MachinePeak(flops, rate, name, f"{side} x {side} x {side}", size)
+    return MachinePeak(2 * side**3 / seconds, rate, name, f"{side} x {side} x {side}", size)
 
 
-def _product_seconds(side: int, device: torch.device, dtype: torch.dtype) -> float:
+def _product_seconds(side: int, device: torch.device, dtype: torch.dtype, least: float = 0.4) -> float:
     matrix = torch.randn(side, side, device=device).to(dtype)
-    return _best(lambda: matrix @ matrix, device)
+    return _best(lambda: matrix @ matrix, device, least)
 
 
 def _copy_seconds(size: int, device: torch.device) -> float:
@@ -150,15 +182,16 @@ def _copy_seconds(size: int, device: torch.device) -> float:
     return _best(lambda: target.copy_(source), device)
 
 
-def _best(call: Callable[[], object], device: torch.device, runs: int = 4) -> float:
-    times = []
-    for _ in range(1 + runs):  # the first warms up
+def _best(call: Callable[[], object], device: torch.device, least: float = 0.4) -> float:
+    """The shortest of the calls that fit into so many seconds, which also bring a GPU to its clock; two at least."""
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < least:
         _wait(device)
         start = time.perf_counter()
         call()
         _wait(device)
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(times)
 
 
 def _wait(device: torch.device) -> None:

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from slm_pl.evaluation.efficiency.nvml import GpuSampler, Handle, Sample, energy, find, memory_peaks, summarise
+from slm_pl.evaluation.efficiency.nvml import GpuSampler, Handle, Sample, energy, find, memory_peaks, settled, summarise
 
 GIB = 2**30
 GPU = torch.device("cuda", 0)
@@ -25,6 +25,11 @@ SAMPLES = [
     Sample(11.8, 92, 48, 220.0, 1380, 46, None, 8 * GIB),
     Sample(12.1, 0, 0, 60.0, 210, 45, 7 * GIB, 32 * GIB),
 ]
+
+
+def test_utilisation_leaves_out_the_period_that_began_before():
+    assert settled(10.0, 14.0) == 11.0
+    assert settled(10.0, 12.5) == 10.0  # too short to leave anything out
 
 
 def test_summary_of_the_counted_time_only():

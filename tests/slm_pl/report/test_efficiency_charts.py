@@ -172,7 +172,7 @@ def test_memory_is_at_the_fullest_point_that_all_have():
     models = ("dense", _grid(4.0, lost=(8,))), ("pruned", _grid(3.0))
     axes = _panels(*models)[MEMORY]
     assert _texts(axes) == ["1,344 MiB", "1,344 MiB", "batch 4, 12 + 128 tokens"]
-    assert _legend(axes)[-1] == "other: gaps and workspaces"
+    assert _legend(axes)[-1] == "other: workspaces"
     # On both kinds of machines it is both.
     axes = _panels(("dense", [rich_point(gpu=True)]), ("pruned", [rich_point()]))[MEMORY]
     assert _legend(axes)[-1] == "other"
@@ -205,11 +205,11 @@ def test_numbers_that_cannot_be_drawn_are_left_out():
 
 def test_it_is_part_of_the_comparison_and_an_old_one_does_not_stay(tmp_path):
     compare(save(tmp_path, dense=record_of("dense"), pruned=record_of("pruned", "ab")))
-    picture = (tmp_path / "efficiency.png").read_bytes()
+    picture = (tmp_path / "comparison_efficiency.png").read_bytes()
     assert picture == efficiency_plot([(name, record_of(name).efficiency) for name in ("dense", "pruned")])
-    assert "![Speed and memory](efficiency.png)" in (tmp_path / "comparison.md").read_text()
+    assert "![Speed and memory](comparison_efficiency.png)" in (tmp_path / "comparison.md").read_text()
     unmeasured = record_of("dense")
     unmeasured.efficiency = []
     compare(save(tmp_path, dense=unmeasured))
-    assert not (tmp_path / "efficiency.png").exists()
-    assert "efficiency.png" not in (tmp_path / "comparison.md").read_text()
+    assert not (tmp_path / "comparison_efficiency.png").exists()
+    assert "comparison_efficiency.png" not in (tmp_path / "comparison.md").read_text()

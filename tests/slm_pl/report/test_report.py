@@ -33,6 +33,7 @@ def test_round_trip_and_names(tmp_path):
         "num_parameters": 80,
         "plan_sha256": "ab",
         "requested_ratio": None,
+        "quantization": None,
     }
     assert data["perplexity"][0] == {
         "corpus": "embedded", "sequence_length": 128, "bos": "none", "tokens": 4064, "value": 20.0, "stderr": 0.5,
@@ -169,7 +170,7 @@ def test_figures_side_by_side(tmp_path, capsys):
     assert comparison.output_dir == tmp_path.resolve()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
         "comparison.csv", "comparison.html", "comparison.json", "comparison.md", "comparison.png", "comparison.tex",
-        "efficiency.png", "pareto.png",
+        "comparison_efficiency.png", "pareto.png",
     ]  # fmt: skip
     markdown = (tmp_path / "comparison.md").read_text()
     printed = capsys.readouterr().out

@@ -71,7 +71,7 @@ def test_a_line_per_model_and_everything_inline(tmp_path):
     assert not [one for one in reader.attributes if re.match("https?:|//", one.get("src") or one.get("href") or "")]
     inline = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     assert [base64.b64decode(one) for one in inline] == [
-        (tmp_path / name).read_bytes() for name in ("pareto.png", "comparison.png", "efficiency.png")
+        (tmp_path / name).read_bytes() for name in ("pareto.png", "comparison.png", "comparison_efficiency.png")
     ]
 
 

@@ -12,7 +12,7 @@ from slm_pl.evaluation.efficiency import measuring
 from slm_pl.evaluation.efficiency.measuring import check_context, compare_point, measure_point
 from slm_pl.evaluation.efficiency.memory import cache_bytes
 from slm_pl.evaluation.efficiency.nvml import GpuFigures
-from slm_pl.evaluation.efficiency.protocols import Point
+from slm_pl.evaluation.efficiency.protocols import PISA, Point
 from slm_pl.evaluation.efficiency.record import Energy, Utilisation
 from tests.helpers.pico import pico_model
 from tests.helpers.tokenizer import pico_tokenizer
@@ -274,13 +274,15 @@ OUT_OF_MEMORY = [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has …"), "Tried to allocate 20"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …"), "DefaultCPUAllocator"),
     (MemoryError(), "MemoryError"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "CUBLAS_STATUS_ALLOC_FAILED"),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be …"), "CUDA error: out of memory"),
 ]
 
 
-@pytest.mark.parametrize(("error", "reason"), OUT_OF_MEMORY, ids=["gpu", "cpu", "python"])
-@pytest.mark.parametrize("at", [0, 2, 3])
+@pytest.mark.parametrize(("error", "reason"), OUT_OF_MEMORY, ids=["gpu", "cpu", "python", "cublas", "cuda"])
+@pytest.mark.parametrize("at", [0, 2])
 def test_out_of_memory_is_a_result(error, reason, at, monkeypatch):
-    """In the warm-up, in a counted run, and in the run that counts operations."""
+    """In the warm-up, and in a counted run."""
     model = pico_llama()
     held = fail_at(model, monkeypatch, at, error.with_traceback(None))
     result, gpu = measure(model)
@@ -299,6 +301,43 @@ def test_out_of_memory_is_a_result(error, reason, at, monkeypatch):
     error.__traceback__ = None
     gc.collect()
     assert held[0]() is None
+
+
+def test_times_stay_where_the_counting_does_not_fit(model, monkeypatch):
+    fail_at(model, monkeypatch, 3, MemoryError("too much"))
+    result, gpu = measure(model)
+    assert gpu is not None
+    assert result.latency_s.n == 2
+    assert result.missing == dict.fromkeys(("work", "memory", "limit"), "while counting, out of memory: too much")
+    assert (result.work, result.memory, result.limit) == (None, None, None)
+    fail_at(model, monkeypatch, 3, ValueError("a defect"))
+    with pytest.raises(ValueError, match="a defect"):
+        measure(model)
+
+
+def test_kernel_that_is_not_there_is_a_result(model, monkeypatch):
+    fail_at(model, monkeypatch, 0, RuntimeError("No available kernel. Aborting execution."))
+    result, _ = measure(model, sdpa_backend="flash")
+    assert result.missing["latency_s"] == (
+        "sdpa_backend has no kernel for this: No available kernel. Aborting execution."
+    )
+
+
+def test_text_that_was_continued_is_named(model):
+    named = {
+        "prose": measure(model, protocol="serving")[0],
+        "protocol": measure(model, Point(1, 25, 3, 2, own_text=True), protocol="shortened_llama", texts=[PISA])[0],
+    }
+    assert [result.prompt for result in named.values()] == list(named)
+    own = measure(model, Point(1, 3, 3, 2, own_text=True), protocol="shortened_llama", texts=["A"])[0].prompt
+    assert own == "own 559aead0"  # sha256 of A
+
+
+def test_padding_is_no_token(model):
+    texts = ["A", "A decoder layer"]
+    result, _ = measure(model, Point(2, 9, 3, 2, own_text=True), protocol="shortened_llama", texts=texts)
+    tokens = sum(len(pico_tokenizer()(text)["input_ids"]) for text in texts) + 2 * 3
+    assert result.total_tokens_per_s.max == pytest.approx(tokens / result.latency_s.min)
 
 
 def test_out_of_memory_in_a_forward_pass(model):
@@ -477,13 +516,20 @@ def test_speed_up_by_the_clock(monkeypatch):
     assert found.promise.prefill_layer_times == 1.0
 
 
-@pytest.mark.parametrize(("error", "_"), OUT_OF_MEMORY, ids=["gpu", "cpu", "python"])
+@pytest.mark.parametrize(("error", "_"), OUT_OF_MEMORY, ids=["gpu", "cpu", "python", "cublas", "cuda"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_no_memory_for_both(error, _, which, monkeypatch):
     models = [pico_llama(1) for _ in range(2)]
     fail_at(models[which], monkeypatch, 1, error)
     found = compare_point(models[0], "dense", models[1], pico_tokenizer(), Point(2, 6, 3, 2), make_settings())
-    assert found == f"out of memory with both models: {type(error).__name__}"
+    assert found.startswith("with both models, out of memory: ")
+
+
+def test_pairs_stay_where_the_counting_does_not_fit(monkeypatch):
+    models = [pico_llama(1) for _ in range(2)]
+    fail_at(models[1], monkeypatch, 3, MemoryError())  # one run warms up, two are pairs
+    found = compare_point(models[0], "dense", models[1], pico_tokenizer(), Point(2, 6, 3, 2), make_settings())
+    assert (found.latency.pairs, found.promise) == (2, None)
 
 
 def test_other_errors_are_errors_with_a_baseline_too(monkeypatch):

@@ -9,10 +9,11 @@ from scipy.stats import binom
 from slm_pl.evaluation.efficiency.paired import (
     Parts,
     in_turn,
-    of_baseline,
     paired_of,
     promise_of,
     ratio_of,
+    same_layers,
+    sides_of,
     time_parts,
 )
 from slm_pl.evaluation.efficiency.record import EfficiencyResult, Runtime, Spread, Work
@@ -194,6 +195,16 @@ def test_promise_of_a_forward_pass(models):
     assert found.prefill_layer_times == pytest.approx(4.0 / 3.4)
 
 
+def test_no_promise_by_layer_times_of_layers_that_differ(models):
+    found = promise_of(*models, None, THEIRS, OURS)
+    assert (found.prefill_layer_times, found.decode_layer_times) == (None, None)
+    assert (found.layers, found.prefill_macs, found.decode_bytes) == (30 / 24, 1.5, 1.25)
+    narrow = pico_model("llama", num_hidden_layers=2, intermediate_size=40)
+    assert same_layers(*models)
+    assert not same_layers(models[0], narrow)
+    assert not same_layers(models[0], pico_model("llama", num_hidden_layers=2).bfloat16())
+
+
 # --- What is written down ---
 
 SLOWER = [Times(total, [total / 4, total / 2, total]) for total in (4.0, 6.0, 10.0)]
@@ -202,7 +213,7 @@ FASTER = [Times(total, [total / 2, total / 2 + 1, total]) for total in (2.0, 4.0
 
 def test_pairs_put_together(models):
     promise = promise_of(*models, Parts(0.1, 1.0, 0.5, 3.0), THEIRS, OURS)
-    found = paired_of("models/dense", models[0], SLOWER, FASTER, promise)
+    found = paired_of("models/dense", models[0], SLOWER, FASTER, 12, promise)
     assert (found.baseline, found.num_layers, found.promise) == ("models/dense", 30, promise)
     layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32
     assert found.num_parameters == 2 * 512 * 32 + 32 + 30 * layer
@@ -214,11 +225,15 @@ def test_pairs_put_together(models):
     assert found.baseline_latency_s == Spread.of([4.0, 6.0, 10.0])
     assert found.latency_s == Spread.of([2.0, 4.0, 4.0])
     assert found.baseline_time_to_first_token_s == Spread.of([1.0, 1.5, 2.5])
+    assert found.time_to_first_token_s == Spread.of([1.0, 2.0, 2.0])
+    assert found.output_tokens_per_s == Spread.of([12 / 2, 12 / 4, 12 / 4])
+    assert found.baseline_output_tokens_per_s == Spread.of([12 / 4, 12 / 6, 12 / 10])
 
 
 def test_pairs_of_forward_passes(models):
     promise = promise_of(*models, Parts(0.1, 1.0, None, None), THEIRS, replace(OURS, decode_macs=0))
-    found = paired_of("dense", models[0], [Times(2.0, []), Times(3.0, [])], [Times(1.0, [])] * 2, promise)
+    found = paired_of("dense", models[0], [Times(2.0, []), Times(3.0, [])], [Times(1.0, [])] * 2, 0, promise)
+    assert (found.output_tokens_per_s, found.baseline_output_tokens_per_s) == (None, None)
     assert found.time_per_output_token is None
     assert found.latency == found.time_to_first_token
     assert found.latency.value == 2.5
@@ -227,13 +242,18 @@ def test_pairs_of_forward_passes(models):
 @pytest.mark.parametrize("new_tokens", [3, 0])
 def test_figures_of_the_baseline(new_tokens, models):
     promise = promise_of(*models, Parts(0.1, 1.0, 0.5, 3.0), THEIRS, OURS)
-    paired = paired_of("dense", models[0], SLOWER, FASTER, promise)
-    ours = Spread.of([2.0, 4.0, 4.0])
-    runtime = Runtime("float32", "sdpa")
+    paired = paired_of("dense", models[0], SLOWER, FASTER, 8 * new_tokens, promise)
+    alone = Spread.of([1.0, 1.0, 1.0])
+    runtime = Runtime("float32", "sdpa", quantization="int8")
     own = EfficiencyResult(
-        "sleb", 8, 12, new_tokens, 1, 3, ours, ours, ours, None, ours, paired=paired, runtime=runtime
+        "sleb", 8, 12, new_tokens, 1, 3, alone, alone, alone, None, alone, paired=paired, runtime=runtime
     )
-    found = of_baseline(own)
+    found, ours = sides_of(own)
+    # Both sides are of the runs in turn: what ran alone, ran at another time.
+    assert ours.latency_s == Spread.of([2.0, 4.0, 4.0])
+    assert ours.time_to_first_token_s == Spread.of([1.0, 2.0, 2.0])
+    assert (ours.time_per_output_token_s, ours.runtime) == (alone, runtime)
+    runtime = replace(runtime, quantization=None)
     assert (found.protocol, found.batch_size, found.prompt_tokens, found.new_tokens) == ("sleb", 8, 12, new_tokens)
     assert (found.warmup, found.repeats, found.runtime) == (1, 3, runtime)
     assert found.latency_s == Spread.of([4.0, 6.0, 10.0])
@@ -243,5 +263,5 @@ def test_figures_of_the_baseline(new_tokens, models):
     if not new_tokens:
         assert rates is None
     else:
-        expected = Spread.of([24 / seconds for seconds in (4.0, 6.0, 10.0)])
-        assert (rates.min, rates.median, rates.max) == pytest.approx((expected.min, expected.median, expected.max))
+        assert rates == Spread.of([24 / seconds for seconds in (4.0, 6.0, 10.0)])
+        assert ours.output_tokens_per_s == Spread.of([24 / seconds for seconds in (2.0, 4.0, 4.0)])

@@ -268,10 +268,22 @@ def test_leftovers_of_a_static_cache_are_forgotten(model, calls):
     before = set(vars(model))
     for new in (9, 3):  # a cache that was longer before would stay so
         with as_it_was(model):
-            make_runner(model, new_tokens=new, cache="static").timed(0)
+            make_runner(model, new_tokens=new, cache="static").plain(0, lambda: None)
             assert model._previous_max_cache_length == 12 + new - 1
         assert set(vars(model)) == before
     assert [output.past_key_values.layers[0].keys.shape[2] for _, output in calls] == [20, 14]
+
+
+def test_runs_share_one_static_cache_that_is_empty_before_each(model, calls):
+    runner = make_runner(model, new_tokens=4, cache="static")
+    for _ in range(2):
+        runner.timed(0)
+    (_, first), (_, second) = calls
+    assert first.past_key_values is second.past_key_values
+    assert first.past_key_values.layers[0].keys.shape[2] == 12 + 4 - 1
+    assert torch.equal(first.sequences, second.sequences)
+    runner.plain(0, lambda: None)  # its tensors are counted, so they are made anew
+    assert calls[2][1].past_key_values is not first.past_key_values
 
 
 def test_leftovers_are_forgotten_after_an_error(model):

@@ -1,4 +1,3 @@
-import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -226,13 +225,18 @@ def test_work_of_another_architecture_is_from_what_was_measured():
 
 
 def test_machine_peak_is_of_the_best_counted_run(monkeypatch):
-    runs = inspect.signature(work._best).parameters["runs"].default
-    products, copies = [0.25, *[4.0] * (runs - 2), 2.0, 3.0], [0.125, *[0.5] * runs]  # the first ones warm up
-    stamps = iter([stamp for seconds in products + copies for stamp in (100.0, 100.0 + seconds)])
-    monkeypatch.setattr(work, "time", SimpleNamespace(perf_counter=lambda: next(stamps)))
-    found = machine_peak(torch.device("cpu"), torch.bfloat16)
-    assert next(stamps, "none left") == "none left"
-    assert found == MachinePeak(2 * 2048**3 / 2.0, 2 * 2**28 / 0.5, "bfloat16", "2048 x 2048 x 2048", 2**28)
+    def peak(*seconds):
+        stamps = iter([stamp for one in seconds for stamp in (100.0, 100.0 + one)])
+        monkeypatch.setattr(work, "time", SimpleNamespace(perf_counter=lambda: next(stamps)))
+        found = machine_peak(torch.device("cpu"), torch.bfloat16)
+        assert next(stamps, "none left") == "none left"
+        return found
+
+    # Products of 512 and 1,024, which are quick enough to double; then the one that counts, and copies.
+    found = peak(0.01, 0.02, 0.02, 0.03, 0.25, 0.0625, 0.125, 0.3, 0.03125, 0.125)
+    assert found == MachinePeak(2 * 2048**3 / 0.0625, 2 * 2**28 / 0.03125, "bfloat16", "2048 x 2048 x 2048", 2**28)
+    slow = peak(0.5, 0.25, 2.0, 1.0, 0.5, 0.25)
+    assert (slow.flops_per_s, slow.matmul) == (2 * 512**3 / 1.0, "512 x 512 x 512")
 
 
 # --- The least time ---
