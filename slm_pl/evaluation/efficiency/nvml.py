@@ -3,8 +3,8 @@
 All readings but the process's memory are of the whole GPU, whoever uses it. They are coarser than the samples are
 close: utilisation is that of the driver's last sample period, between 1/6 s and 1 s depending on the product, so the
 first samples still tell of the time before the counted runs; they are left out where these last long enough. Power is
-the present one on GA100 and on GPUs older than Ampere, and the mean of the last second on newer ones. Figures of runs of
-a few seconds or less are rough.
+the present one on GA100 and on GPUs older than Ampere, and the mean of the last second on newer ones. Figures of a few
+seconds or less are rough.
 """
 
 import itertools

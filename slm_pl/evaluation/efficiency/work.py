@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slm_pl.compression.architecture import ARCHITECTURES, idle_expert_bytes
-from slm_pl.evaluation.efficiency.memory import cache_bytes, tensor_bytes, weight_bytes
+from slm_pl.evaluation.efficiency.memory import cache_bytes, free_memory, tensor_bytes, weight_bytes
 from slm_pl.evaluation.efficiency.record import Limit, MachinePeak, Work
 from slm_pl.evaluation.efficiency.runs import Runner
 from slm_pl.memory import TensorBytes, plain_tensors
@@ -149,9 +149,11 @@ def machine_peak(device: torch.device, dtype: torch.dtype) -> MachinePeak:
     The product is as large as takes about a fifth of a second at most; both are smaller where they do not fit beside
     the model.
     """
-    large = device.type != "cpu"
-    most_side, size = (8192, 2**30) if large else (2048, 2**28)
-    side = 512
+    most_side = 8192 if device.type != "cpu" else 2048
+    # A gibibyte: a server's caches hold a good part of less.
+    side, size = 512, 2**30
+    while device.type == "cpu" and 4 * size > (free_memory() or 4 * size):
+        size //= 2
     with torch.inference_mode():
         while side < most_side and 8 * _product_seconds(side, device, dtype, least=0.0) < 0.2:
             side *= 2
