@@ -1,6 +1,7 @@
 """What a run has to do, what the machine can do, and the least time that follows."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -144,6 +145,16 @@ def read_weights(model: "PreTrainedModel", rows: int) -> int:
 
 
 def machine_peak(device: torch.device, dtype: torch.dtype) -> MachinePeak:
+    """What the machine can do, measured once in a process for each number of threads; see :func:`measure_peak`."""
+    return _peak_with(device, dtype, torch.get_num_threads())
+
+
+@functools.lru_cache
+def _peak_with(device: torch.device, dtype: torch.dtype, threads: int) -> MachinePeak:
+    return measure_peak(device, dtype)
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> MachinePeak:
     """Times a large matrix product and a large copy, and takes the best of several.
 
     The product is as large as takes about a fifth of a second at most; both are smaller where they do not fit beside

@@ -1,3 +1,4 @@
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,15 @@ from slm_pl.compression.plan import Base, KeepChannels, Method, Plan
 from slm_pl.evaluation.efficiency import work
 from slm_pl.evaluation.efficiency.memory import weight_bytes
 from slm_pl.evaluation.efficiency.record import Limit, MachinePeak, Work
-from slm_pl.evaluation.efficiency.work import Account, account, limit_of, machine_peak, read_weights, work_of
+from slm_pl.evaluation.efficiency.work import (
+    Account,
+    account,
+    limit_of,
+    machine_peak,
+    measure_peak,
+    read_weights,
+    work_of,
+)
 from slm_pl.loading import load_model, resolve
 from tests.helpers.pico import CONFIGS, pico_model
 from tests.slm_pl.evaluation.efficiency.helpers import make_runner
@@ -228,7 +237,7 @@ def test_machine_peak_is_of_the_best_counted_run(monkeypatch):
     def peak(*seconds):
         stamps = iter([stamp for one in seconds for stamp in (100.0, 100.0 + one)])
         monkeypatch.setattr(work, "time", SimpleNamespace(perf_counter=lambda: next(stamps)))
-        found = machine_peak(torch.device("cpu"), torch.bfloat16)
+        found = measure_peak(torch.device("cpu"), torch.bfloat16)
         assert next(stamps, "none left") == "none left"
         return found
 
@@ -241,6 +250,22 @@ def test_machine_peak_is_of_the_best_counted_run(monkeypatch):
     slow = peak(0.5, 0.25, 2.0, 1.0, 0.5, 0.25)
     assert slow.copy_bytes == 2**29  # both sides are half of what is free
     assert (slow.flops_per_s, slow.matmul) == (2 * 512**3 / 1.0, "512 x 512 x 512")
+
+
+def test_machine_peak_is_measured_once_for_each_number_of_threads(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        work, "measure_peak", lambda *what: asked.append((*what, torch.get_num_threads())) or len(asked)
+    )
+    monkeypatch.setattr(work, "_peak_with", functools.lru_cache(work._peak_with.__wrapped__))
+    device, threads = torch.device("cpu"), torch.get_num_threads()
+    assert [machine_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)] == [1, 2, 1]
+    torch.set_num_threads(threads + 1)
+    try:
+        assert machine_peak(device, torch.float32) == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert asked[-1] == (device, torch.float32, threads + 1)
 
 
 # --- The least time ---
