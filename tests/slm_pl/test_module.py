@@ -194,6 +194,7 @@ def test_test_writes_results(pico_dir, tmp_path):
         "num_parameters": 2 * 512 * 32 + 32 + 4 * layer,
         "plan_sha256": Plan.load(run / "plan.json").sha256,
         "requested_ratio": None,
+        "quantization": None,
     }
     assert data["environment"]["device"] == "cpu"
     assert data["environment"]["dtype"] == "float32"

@@ -390,9 +390,11 @@ def test_deepspeed_does_not_measure_them(pico_dir, tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is an optional dependency")
     from tests.helpers.deepspeed import CPUDeepSpeedStrategy
 
-    trainer = make_trainer(tmp_path / "run", strategy=CPUDeepSpeedStrategy(stage=2))
+    # Not through the trainer: DeepSpeed would leave its processes' group and environment to the tests that follow.
+    module = make_module(pico_dir, quantization="int8")
+    module.trainer = make_trainer(tmp_path / "run", strategy=CPUDeepSpeedStrategy(stage=2))
     with pytest.raises(UsageError, match="are quantised, and DeepSpeed is for training. Measure with"):
-        trainer.validate(make_module(pico_dir, quantization="int8"), alpaca_data(tmp_path))
+        module.setup("validate")
 
 
 def _validate(rank: int, directory: str, pretrained: str) -> None:
