@@ -405,6 +405,7 @@ def _validate(rank: int, directory: str, pretrained: str) -> None:
         (run / "loss.json").write_text(json.dumps(trainer.callback_metrics["val/loss"].item()))
 
 
+@pytest.mark.long
 def test_two_processes_measure_together(int8_dir, tmp_path):
     (tmp_path / "two").mkdir()
     under_torchrun(partial(_validate, pretrained=str(int8_dir)), tmp_path / "two")

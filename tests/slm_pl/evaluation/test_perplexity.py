@@ -205,6 +205,7 @@ def on_each_rank(rank: int, directory: str) -> None:
     (Path(directory) / f"{rank}.json").write_text(json.dumps(found))
 
 
+@pytest.mark.long
 def test_processes_share_the_windows(tmp_path, one_thread):
     in_two_processes(on_each_rank, tmp_path)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

@@ -368,6 +368,7 @@ def _ask_together(rank, directory):
     Path(directory, f"rank{rank}.json").write_text(json.dumps(record))
 
 
+@pytest.mark.long
 def test_two_processes_share_the_questions(piqa):
     (Path(piqa) / "piqa" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PIQA[::-1]))
     in_two_processes(_ask_together, piqa)
