@@ -178,6 +178,7 @@ def test_quickstart_of_the_layer_comparison_runs_from_yaml_alone(pico_dir, tmp_p
     assert record["protocol"]["text"] == "embedded_docstrings"
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_quickstart_of_speed_runs_from_yaml_alone(pico_dir, tmp_path, monkeypatch):
     """As shipped, but for the model, the batches and the repeats."""
     monkeypatch.chdir(ROOT)
