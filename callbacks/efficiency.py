@@ -241,6 +241,7 @@ class Efficiency(EarlyCheck):
                         point,
                         self._settings,
                         lambda _, point=point: step(str(point)),  # type: ignore[misc]
+                        figures.work,
                     )
                 if isinstance(compared, Paired):
                     results.efficiency[index] = replace(figures, paired=compared)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from slm_pl.console import brings_code, load_example
 from slm_pl.files import write_bytes, write_text
-from slm_pl.report import tables, webpage
+from slm_pl.quantization import INT8
+from slm_pl.report import protocols, tables, webpage
 from slm_pl.report.charts import comparison_bars
 from slm_pl.report.comparison import Comparison, line_up
 from slm_pl.report.efficiency_charts import efficiency_plot
@@ -107,6 +108,7 @@ def _print(comparison: Comparison, written: list[str]) -> None:
     console.print(Text(f"Written: {comparison.output_dir}/{', '.join(written)}"), soft_wrap=True)
     if comparison.export is not None:
         console.print(Text(f"\nThe compressed model: {comparison.export}\nLoad it with"), soft_wrap=True)
-        console.print(
-            Text(load_example(comparison.export, brings_code(comparison.export)), style="bold"), soft_wrap=True
-        )
+        own = [record for record in comparison.records if record.model.source == comparison.export]
+        quantised = any(protocols.quantization_of(record) == INT8 for record in own)
+        example = load_example(comparison.export, brings_code(comparison.export), quantised)
+        console.print(Text(example, style="bold"), soft_wrap=True)

@@ -7,6 +7,12 @@ from typing import Protocol
 import torch
 
 
+def finish(device: torch.device) -> None:
+    """Waits until a device has done all that it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 class Clock(Protocol):
     """Marks moments now, and tells the seconds between them later."""
 
@@ -25,8 +31,7 @@ class WallClock:
 
     def mark(self) -> float:
         """Notes this moment."""
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
+        finish(self._device)
         return time.perf_counter()
 
     def seconds(self, marks: Sequence[object]) -> list[float]:

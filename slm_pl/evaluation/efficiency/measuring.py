@@ -123,6 +123,7 @@ def compare_point(
     point: Point,
     settings: Settings,
     step: Callable[[str], None] = lambda _: None,
+    counted: Work | None = None,
 ) -> Paired | str:
     """Runs two models in turn at one point.
 
@@ -134,6 +135,7 @@ def compare_point(
         point: Batch, prompt and length.
         settings: The protocol.
         step: Called after each pair.
+        counted: The model's work at this point, where it was counted already.
 
     Returns:
         The speed-up, or why it could not be measured.
@@ -151,7 +153,7 @@ def compare_point(
                 raise
         else:
             try:
-                promise = _promise(theirs, ours, point, settings)
+                promise = _promise(theirs, ours, point, settings, counted)
             except Exception as error:
                 if no_room(error) is None:
                     raise
@@ -161,7 +163,7 @@ def compare_point(
     return f"with both models, {reason}"
 
 
-def _promise(theirs: Runner, ours: Runner, point: Point, settings: Settings) -> Promise:
+def _promise(theirs: Runner, ours: Runner, point: Point, settings: Settings, counted: Work | None) -> Promise:
     parts = None
     if same_layers(theirs.model, ours.model) and not settings.switches.compile:
         short = Runner(
@@ -173,7 +175,8 @@ def _promise(theirs: Runner, ours: Runner, point: Point, settings: Settings) -> 
             theirs.pad_token_id,
         )
         parts = time_parts(short, settings.seed)
-    return promise_of(theirs.model, ours.model, parts, *(_work(one, point, settings) for one in (theirs, ours)))
+    own = counted or _work(ours, point, settings)
+    return promise_of(theirs.model, ours.model, parts, _work(theirs, point, settings), own)
 
 
 def runtime_of(model: "PreTrainedModel", point: Point, settings: Settings, compiled: bool = False) -> Runtime:

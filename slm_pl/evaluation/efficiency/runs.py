@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slm_pl.evaluation._model import device_of
-from slm_pl.evaluation.efficiency.clock import clock_of
+from slm_pl.evaluation.efficiency.clock import clock_of, finish
 from slm_pl.evaluation.efficiency.prompts import Batch
 from slm_pl.evaluation.efficiency.protocols import Sampling
 
@@ -115,8 +115,7 @@ class Runner:
     def timed(self, seed: int) -> Times:
         """Runs once and takes the time; an accelerator is waited for before and after."""
         torch.manual_seed(seed)
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
+        finish(self._device)
         with self._surroundings():
             cache = self._static_cache()
             marks = [self._clock.mark()]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slm_pl.compression.architecture import ARCHITECTURES, idle_expert_bytes
+from slm_pl.evaluation.efficiency.clock import finish
 from slm_pl.evaluation.efficiency.memory import cache_bytes, free_memory, tensor_bytes, weight_bytes
 from slm_pl.evaluation.efficiency.record import Limit, MachinePeak, Work
 from slm_pl.evaluation.efficiency.runs import Runner
@@ -201,17 +202,12 @@ def _best(call: Callable[[], object], device: torch.device, least: float = 0.4) 
     """The shortest of the calls that fit into so many seconds, which also bring a GPU to its clock; two at least."""
     times: list[float] = []
     while len(times) < 2 or sum(times) < least:
-        _wait(device)
+        finish(device)
         start = time.perf_counter()
         call()
-        _wait(device)
+        finish(device)
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def limit_of(

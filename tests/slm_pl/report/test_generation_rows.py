@@ -6,6 +6,7 @@ import json
 import pytest
 
 from slm_pl.evaluation.efficiency.record import Paired
+from slm_pl.report import compare
 from slm_pl.report.comparison import line_up
 from slm_pl.report.protocols import same_machine
 from slm_pl.report.tables import csv_text, json_text, latex, markdown, table_of
@@ -424,3 +425,16 @@ def test_speed_ups_tie_if_their_intervals_overlap(tmp_path):
     comparison = line_up(save(tmp_path, **models))
     assert [cell.mark for cell in _paired_rows(comparison)["latency"].cells] == ["best", "tie", None]
     assert [cell.mark for cell in _paired_rows(comparison)["promise.layers"].cells] == [None] * 3
+
+
+@pytest.mark.parametrize("quantization", [None, "int8 weight-only (torchao)"])
+def test_what_loads_an_export_says_what_it_needs(quantization, tmp_path, capsys):
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "config.json").write_text("{}")
+    record = record_of("pruned", plan="0" * 64)
+    record.model = dataclasses.replace(record.model, source=str(export), quantization=quantization)
+    compare(save(tmp_path, pruned=record))
+    shown = capsys.readouterr().out
+    assert f'from_pretrained("{export}"' in shown
+    assert ("# needs torchao" in shown) == (quantization is not None)

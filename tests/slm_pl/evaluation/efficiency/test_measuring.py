@@ -550,3 +550,19 @@ def test_points_that_the_context_cannot_hold_are_refused():
         check_context("some/model", 512, [*fits, Point(1, 500, 13, 2)])
     with pytest.raises(UsageError, match="Take new_tokens 0 or fewer, or a shorter prompt"):
         check_context("some/model", 512, [Point(1, 513, 0, 2)])
+
+
+def test_work_that_was_counted_alone_is_not_counted_again(monkeypatch):
+    models = [pico_llama(2), pico_llama(1)]
+    counted = []
+    account = measuring.accounts.account
+    monkeypatch.setattr(
+        measuring.accounts, "account", lambda runner, seed: counted.append(runner.model) or account(runner, seed)
+    )
+    point, settings = Point(2, 6, 3, 2), make_settings()
+    own = measure_point(models[1], pico_tokenizer(), point, settings, PEAK)[0].work
+    before = compare_point(models[0], "dense", models[1], pico_tokenizer(), point, settings).promise
+    del counted[:]
+    after = compare_point(models[0], "dense", models[1], pico_tokenizer(), point, settings, counted=own).promise
+    assert counted == [models[0]]
+    assert (after.prefill_macs, after.decode_bytes) == (before.prefill_macs, before.decode_bytes)
