@@ -4,6 +4,7 @@ import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -15,6 +16,7 @@ from torch import nn
 from slm_pl import files
 from slm_pl.compression import surgery
 from slm_pl.compression.architecture import num_layers
+from slm_pl.compression.least_squares import LeastSquares, count_fits, fit_outputs
 from slm_pl.compression.plan import (
     Base,
     Calibration,
@@ -25,6 +27,7 @@ from slm_pl.compression.plan import (
     count_parameters,
     plan_name,
 )
+from slm_pl.console import progress
 from slm_pl.data import CalibrationSet, CalibrationText, TrainingData
 from slm_pl.errors import UsageError
 from slm_pl.module import CausalLM
@@ -113,6 +116,10 @@ class CompressionCallback(pl.Callback, ABC):
         plan_path: A ``plan.json`` to apply instead of searching.
     """
 
+    consolidation: str = "drop"
+    least_squares = LeastSquares()
+    """Methods that remove layers take both as arguments."""
+
     def __init__(self, plan_path: str | None = None) -> None:
         self.plan_path = plan_path
         self._applied: Plan | None = None
@@ -134,6 +141,28 @@ class CompressionCallback(pl.Callback, ABC):
         Returns:
             The plan, equal on all ranks.
         """
+
+    @property
+    def refit(self) -> LeastSquares | None:
+        """How the layers that stay are refitted; None where they keep their weights."""
+        return self.least_squares if self.consolidation == "least_squares" else None
+
+    def decide(self, model: "PreTrainedModel", calibration: CalibrationSet, fitting: CalibrationSet) -> Plan:
+        """The plan, and in it what refits the layers that stay, if that is wanted; never changes the model.
+
+        Args:
+            model: As for :meth:`plan`.
+            calibration: As for :meth:`plan`.
+            fitting: What the layers are refitted on; under several processes, this rank's share.
+        """
+        plan = self.plan(model, calibration)
+        if self.refit is None or not plan.steps:
+            return plan
+        with progress("Refitting by least squares", count_fits(plan, self.refit)) as advance:
+            fitted = fit_outputs(model, plan, fitting, self.refit, advance)
+        told = cast(dict[str, JSONValue], fitted.outcome["least_squares"])
+        text: dict[str, JSONValue] = {"source": fitting.text.source, "sha256": fitting.sha256}
+        return replace(fitted, outcome={**fitted.outcome, "least_squares": {**text, **told}})
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Plans on every rank, writes ``plan.json`` on the first, applies the plan on every rank."""
@@ -189,7 +218,8 @@ class CompressionCallback(pl.Callback, ABC):
         names = (
             name for name in inspect.signature(type(self)).parameters if name not in ("plan_path", "memory_budget")
         )
-        return {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names}
+        return {name: v.to_json() if isinstance(v, LeastSquares) else v for name, v in values.items()}
 
     def make_plan(
         self,
@@ -225,12 +255,16 @@ class CompressionCallback(pl.Callback, ABC):
             rank_zero_info(f"{type(self).__name__}: resuming with the plan in {run_plan}")
             return self._load(trainer, run_plan)
         with on_its_device(trainer, pl_module) as model:
-            return self.plan(model, self._calibration(trainer))
+            calibration = self._text(trainer, self.uses_calibration, TrainingData.calibration_batches)
+            fitting = self._text(trainer, self.refit is not None, TrainingData.fitting_batches)
+            return self.decide(model, calibration, fitting)
 
-    def _calibration(self, trainer: pl.Trainer) -> CalibrationSet:
-        """This rank's share of the calibration text."""
+    def _text(
+        self, trainer: pl.Trainer, wanted: bool, read: Callable[[TrainingData], CalibrationSet]
+    ) -> CalibrationSet:
+        """This rank's share of a text; an empty set if it is not wanted."""
         datamodule = getattr(trainer, "datamodule", None)
-        if not self.uses_calibration:
+        if not wanted:
             text = datamodule.calibration if isinstance(datamodule, TrainingData) else CalibrationText()
             return CalibrationSet.from_ids([], text)
         if not isinstance(datamodule, TrainingData):
@@ -238,10 +272,8 @@ class CompressionCallback(pl.Callback, ABC):
                 f"{type(self).__name__} needs calibration text from a data module of slm_pl.data, such as "
                 f"AlpacaDataModule; got {type(datamodule).__name__}. Pass one as datamodule, or give plan_path."
             )
-        calibration = datamodule.calibration_batches()
-        if trainer.world_size > 1:
-            calibration = calibration.shard(trainer.global_rank, trainer.world_size)
-        return calibration
+        samples = read(datamodule)
+        return samples.shard(trainer.global_rank, trainer.world_size) if trainer.world_size > 1 else samples
 
 
 def _save(plan: Plan, directory: Path, number: int) -> None:

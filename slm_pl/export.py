@@ -17,6 +17,7 @@ from slm_pl.compression.plan import (
     KeepHidden,
     MergeLayers,
     Plan,
+    RefitOutput,
     count_parameters,
     load_plans,
     save_plans,
@@ -160,6 +161,8 @@ def _describe(plan: Plan) -> list[str]:
             lines.append(f"merge layers {step.low}–{step.high} into one ({step.consolidation}, {norms})")
         elif isinstance(step, DropLayers):
             lines.append(f"remove layers {', '.join(map(str, step.layers))}")
+        elif isinstance(step, RefitOutput):
+            lines.append(f"refit by least squares what the {step.group} of layer {step.layer} writes")
         elif isinstance(step, KeepHidden):
             lines.append(f"keep {len(step.indices):,} channels of the hidden state")
     for group, unit in (("attention", "KV groups"), ("mlp", "MLP channels")):

@@ -21,6 +21,7 @@ _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_
 _GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _FUSED_MLP = ("mlp.gate_up_proj", "mlp.down_proj")
 _NEOX_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 Group = Literal["attention", "mlp"]
 """What can be made narrower: attention by KV groups (heads, without grouped queries), MLPs by intermediate channels."""
@@ -42,6 +43,8 @@ class Architecture:
         attention_order: How the rows of one map for query, key and value are ordered: all queries, then all keys, then
             all values, or those of one head after another.
         head_norms: Norms over the queries and over the keys of all heads together.
+        output_norms: Norms of what attention and what the MLP write, before it is added to the hidden state; empty
+            where it is added as it is.
         fixed_heads: Why no head can be removed; null where they can.
         own_head_dim: Whether the config says the size of a head, so that there can be fewer of them.
         intermediate: The config field of the MLP's width; null where it follows from the hidden size.
@@ -58,6 +61,7 @@ class Architecture:
     mlp: tuple[str, ...] = _GATED_MLP
     attention_order: Literal["separate", "stacked", "by_head"] = "separate"
     head_norms: tuple[str, ...] = ()
+    output_norms: tuple[str, ...] = ()
     fixed_heads: str | None = None
     own_head_dim: bool = True
     intermediate: str | None = "intermediate_size"
@@ -85,9 +89,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         intermediate=None,
         packable=False,
     ),
-    "gemma2": Architecture(),
-    "gemma3_text": Architecture(),
-    "glm4": Architecture(mlp=_FUSED_MLP),
+    "gemma2": Architecture(output_norms=_POST_NORMS),
+    "gemma3_text": Architecture(output_norms=_POST_NORMS),
+    "glm4": Architecture(mlp=_FUSED_MLP, output_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
     "gpt_neox": Architecture(
         layers="gpt_neox.layers",
         final=("gpt_neox.final_layer_norm",),
@@ -100,7 +104,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(),
     "mistral": Architecture(),
     "mixtral": Architecture(mlp=(), experts=_EXPERTS),
-    "olmo2": Architecture(head_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "olmo2": Architecture(head_norms=("self_attn.q_norm", "self_attn.k_norm"), output_norms=_POST_NORMS),
     "opt": Architecture(
         layers="model.decoder.layers",
         final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
@@ -245,6 +249,37 @@ def lora_targets(model: "PreTrainedModel") -> list[str]:
     # Where no layer has kept its attention or its MLP, some are gone.
     there = {path for layer in decoder_layers(model) for path, _ in layer.named_modules()}
     return sorted({path.rpartition(".")[2] for path in paths if path in there})
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a group of a decoder layer reaches the hidden state: through a linear map, a norm if any, and a factor.
+
+    Attributes:
+        path: Of the map in the layer.
+        map: The map.
+        norm: The norm of what it writes, or None.
+        factor: What that is multiplied by when it is added to the hidden state.
+    """
+
+    path: str
+    map: nn.Linear
+    norm: nn.Module | None
+    factor: float
+
+
+def output_of(model: "PreTrainedModel", layer: int, group: Group) -> Output | None:
+    """How a group of a decoder layer writes; None where it is no linear map (experts) or has lost all its units."""
+    architecture, module = architecture_of(model), decoder_layers(model)[layer]
+    paths = architecture.attention if group == "attention" else architecture.mlp
+    found = dict(module.named_modules()).get(paths[-1]) if paths else None
+    if not isinstance(found, nn.Linear) or found.in_features == 0:
+        return None
+    norm = None
+    if architecture.output_norms:
+        norm = module.get_submodule(architecture.output_norms[GROUPS.index(group)])
+    factor = float(getattr(model.config.get_text_config(), "residual_multiplier", 1.0))
+    return Output(paths[-1], found, norm, factor)
 
 
 def attention_of(layer: nn.Module, architecture: Architecture) -> nn.Module:

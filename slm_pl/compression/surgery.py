@@ -12,6 +12,8 @@ layer (Sliding-Window Merging, arXiv 2502.19159):
 The other parameters (norms, biases, q_norm, k_norm) are those of the ``top`` or the ``bottom`` layer (the authors'
 program), or their ``mean``.
 
+A projection that was refitted (:mod:`slm_pl.compression.least_squares`) has the weights that the plan's tensors say.
+
 A layer that keeps some of its channels keeps their weights as they are; the config then says the widths of the layers,
 in the fields of the stock class if all layers share them, else in ``layer_widths``.
 """
@@ -30,6 +32,7 @@ from slm_pl.compression.architecture import (
     architecture_of,
     decoder_layers,
     hidden_size,
+    output_of,
     projection_names,
     set_decoder_layers,
     set_equal_widths,
@@ -45,6 +48,8 @@ from slm_pl.compression.plan import (
     MergeLayers,
     OtherParameters,
     Plan,
+    RefitOutput,
+    spans,
 )
 from slm_pl.compression.structures import (
     check_hidden,
@@ -240,7 +245,10 @@ def check(model: "PreTrainedModel", plan: Plan) -> None:
             )
     gone: list[int] = []
     narrowed: set[int] = set()
+    refitted = [step for step in plan.steps if isinstance(step, RefitOutput)]
     for step in plan.steps:
+        if isinstance(step, RefitOutput):
+            continue  # looked at when it is known which layers stay
         if isinstance(step, KeepHidden):
             if len(plan.steps) > 1:
                 raise UsageError(
@@ -273,6 +281,40 @@ def check(model: "PreTrainedModel", plan: Plan) -> None:
         raise UsageError("The plan touches a layer twice. Let its steps name each layer once.")
     if actual.num_layers == sum(len(step.layers) for step in plan.steps if isinstance(step, DropLayers)):
         raise UsageError(f"The plan removes all {actual.num_layers} layers. Keep at least one.")
+    for step in refitted:
+        _check_refit(model, plan, step, narrowed)
+    if len({(step.layer, step.group) for step in refitted}) != len(refitted):
+        raise UsageError("The plan refits a projection twice. Let its steps name each one once.")
+
+
+def _check_refit(model: "PreTrainedModel", plan: Plan, step: RefitOutput, narrowed: set[int]) -> None:
+    what = f"{step.group} of layer {step.layer}"
+    if step.layer not in [span.layer for span in spans(plan)] or step.layer in narrowed:
+        raise UsageError(
+            f"The plan refits {what}, which does not stay as it is. Name a layer that is kept or hosts a merged window."
+        )
+    output = output_of(model, step.layer, step.group)
+    if output is None:
+        raise UsageError(f"The plan refits {what}, which writes through no linear map that could be refitted.")
+    wanted: dict[str | None, torch.Size] = {step.weight: output.map.weight.shape}
+    if output.map.bias is not None or step.bias is not None:
+        wanted[step.bias] = output.map.weight.shape[:1]
+    if (output.map.bias is None) != (step.bias is None):
+        has, gives = ("no" if absent is None else "a" for absent in (output.map.bias, step.bias))
+        raise UsageError(f"The plan gives {what} {gives} bias, but it has {has} bias. Make the plan again.")
+    for name, shape in wanted.items():
+        tensor = plan.tensors.get(str(name))
+        if tensor is None or tensor.shape != shape:
+            got = "it is missing" if tensor is None else f"its shape is {tuple(tensor.shape)}"
+            raise UsageError(
+                f"The plan writes the tensor {name!r} into {what}; {got}, needed is {tuple(shape)}. Keep the plan's "
+                ".tensors.safetensors file beside it."
+            )
+        if not torch.isfinite(tensor.to(model.dtype)).all():
+            raise UsageError(
+                f"The weights that {what} is to get hold numbers that are not finite in {model.dtype}. Load the model "
+                "with --model.dtype bfloat16 or float32."
+            )
 
 
 def _touched(step: MergeLayers | DropLayers | KeepChannels) -> list[int]:
@@ -342,10 +384,23 @@ def apply(model: "PreTrainedModel", plan: Plan) -> None:
         elif isinstance(step, DropLayers):
             for layer in step.layers:
                 del kept[layer]
+    for step in plan.steps:
+        if isinstance(step, RefitOutput):
+            _refit(model, step, plan.tensors)
     origins = sorted(kept)
     set_decoder_layers(model, [kept[index] for index in origins], origins)
     if layout is not None:
         _say_widths(model, layout)  # layers that differed may be gone
+
+
+@torch.no_grad()
+def _refit(model: "PreTrainedModel", step: RefitOutput, tensors: Mapping[str, Tensor]) -> None:
+    """Writes what was fitted into a projection."""
+    output = output_of(model, step.layer, step.group)
+    assert output is not None
+    output.map.weight.copy_(tensors[step.weight])
+    if step.bias is not None:
+        output.map.bias.copy_(tensors[step.bias])
 
 
 @torch.no_grad()

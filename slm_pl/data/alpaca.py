@@ -56,6 +56,7 @@ class AlpacaDataModule(TrainingData):
         path: Hub id, a ``.json`` (list of objects), ``.jsonl`` or ``.parquet`` file, or ``embedded`` (docstrings of the
             Python standard library). Columns: ``instruction``, ``output``, and optionally ``input``.
         calibration: What the compression callbacks look at.
+        fitting: What layers are refitted on by least squares, one text or several; null for the calibration text.
         batch_size: Training rows in a micro-batch of one process, what fits into memory; where they are packed, on
             average, since all micro-batches of a step then have nearly equally many tokens.
         eval_batch_size: Validation rows in a batch of one process.
@@ -80,6 +81,7 @@ class AlpacaDataModule(TrainingData):
         self,
         path: str = "yahma/alpaca-cleaned",
         calibration: CalibrationText = CalibrationText(),  # noqa: B008  frozen
+        fitting: list[CalibrationText] | None = None,
         batch_size: int = 4,
         eval_batch_size: int = 8,
         global_batch_size: int | None = None,
@@ -93,7 +95,7 @@ class AlpacaDataModule(TrainingData):
         prompts: str | None = None,
     ) -> None:
         super().__init__(
-            calibration, batch_size, eval_batch_size, global_batch_size, batching, val_size, seed, num_workers
+            calibration, fitting, batch_size, eval_batch_size, global_batch_size, batching, val_size, seed, num_workers
         )
         check_ranges(cutoff=(cutoff, 2), max_rows=(max_rows, 1))
         self.path = path

@@ -103,6 +103,21 @@ class CalibrationSet:
         return replace(self, batches=batched(samples[rank::world_size], self.text.batch_size))
 
 
+def joined(sets: Sequence[CalibrationSet]) -> CalibrationSet:
+    """Puts the samples of several texts into one set, in order.
+
+    Raises:
+        UsageError: If there is no text.
+    """
+    if not sets:
+        raise UsageError("data.fitting is an empty list. Name a text, or leave it out to fit on data.calibration.")
+    first = sets[0].text
+    ids = [sample.tolist() for part in sets for batch in part for sample in batch]
+    source = " + ".join(dict.fromkeys(part.text.source for part in sets))
+    longest = max(part.text.sequence_length for part in sets)
+    return CalibrationSet.from_ids(ids, replace(first, source=source, samples=len(ids), sequence_length=longest))
+
+
 def load_calibration(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase") -> CalibrationSet:
     """Read, sample and tokenise calibration text.
 

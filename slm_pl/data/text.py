@@ -41,6 +41,7 @@ class TextDataModule(TrainingData):
         sequence_length: Tokens of a window.
         max_documents: How many documents to use, ``None`` for all.
         calibration: What the compression callbacks look at.
+        fitting: What layers are refitted on by least squares, one text or several; null for the calibration text.
         batch_size: Windows in a micro-batch of one process, at most; what fits into memory.
         eval_batch_size: Validation windows in a batch of one process.
         global_batch_size: Windows of an optimizer step over all processes and micro-batches; how many micro-batches
@@ -62,6 +63,7 @@ class TextDataModule(TrainingData):
         sequence_length: int = 2048,
         max_documents: int | None = None,
         calibration: CalibrationText = CalibrationText(),  # noqa: B008  frozen
+        fitting: list[CalibrationText] | None = None,
         batch_size: int = 1,
         eval_batch_size: int = 1,
         global_batch_size: int | None = None,
@@ -71,7 +73,7 @@ class TextDataModule(TrainingData):
     ) -> None:
         batching: Batching = "padded"  # all windows are equally long
         super().__init__(
-            calibration, batch_size, eval_batch_size, global_batch_size, batching, val_size, seed, num_workers
+            calibration, fitting, batch_size, eval_batch_size, global_batch_size, batching, val_size, seed, num_workers
         )
         check_ranges(sequence_length=(sequence_length, 2), max_documents=(max_documents, 1))
         self.source = source

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from slm_pl.data.batching import Batching, Example, MicroBatches, ResumableLoader, Schedule, StepSampler, only
-from slm_pl.data.corpora import CalibrationSet, CalibrationText, load_calibration
+from slm_pl.data.corpora import CalibrationSet, CalibrationText, joined, load_calibration
 from slm_pl.data.prompts import Prompt
 from slm_pl.errors import UsageError
 
@@ -51,6 +51,7 @@ class TrainingData(LightningDataModule):
 
     Args:
         calibration: What the compression callbacks look at.
+        fitting: What layers are refitted on by least squares, one text or several; null for the calibration text.
         batch_size: Training examples in a micro-batch of one process, what fits into memory; where they are packed, on
             average, since all micro-batches of a step then have nearly equally many tokens.
         eval_batch_size: Validation examples in a batch of one process.
@@ -66,6 +67,7 @@ class TrainingData(LightningDataModule):
     def __init__(
         self,
         calibration: CalibrationText = CalibrationText(),  # noqa: B008  frozen
+        fitting: list[CalibrationText] | None = None,
         batch_size: int = 4,
         eval_batch_size: int = 8,
         global_batch_size: int | None = None,
@@ -83,6 +85,7 @@ class TrainingData(LightningDataModule):
             num_workers=(num_workers, 0),
         )
         self.calibration = calibration
+        self.fitting = fitting
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.global_batch_size = global_batch_size
@@ -91,6 +94,7 @@ class TrainingData(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.calibration_set: CalibrationSet | None = None
+        self.fitting_set: CalibrationSet | None = None
         self.examples: Examples | None = None
         self.predict_prompts: list[Prompt] | None = None
 
@@ -129,6 +133,16 @@ class TrainingData(LightningDataModule):
         if self.calibration_set is None:
             self.calibration_set = load_calibration(self.calibration, self.tokenizer)
         return self.calibration_set
+
+    def fitting_batches(self) -> CalibrationSet:
+        """Samples for least squares, tokenised on first use."""
+        if self.fitting_set is None:
+            self.fitting_set = (
+                self.calibration_batches()
+                if self.fitting is None
+                else joined([load_calibration(text, self.tokenizer) for text in self.fitting])
+            )
+        return self.fitting_set
 
     def prepare_data(self) -> None:
         """Tokenises into the cache, on one process of each node."""
