@@ -7,6 +7,7 @@ import torch
 from callbacks.base import CompressionCallback
 from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.calibration import capture, mean_over_ranks
+from slm_pl.compression.least_squares import DropConsolidation, LeastSquares, check_drop_consolidation
 from slm_pl.compression.plan import DropLayers, JSONValue, Plan
 from slm_pl.compression.scores import angular_distance, block_influence
 from slm_pl.compression.target import check_target, layers_to_remove
@@ -40,6 +41,9 @@ class BlockInfluence(CompressionCallback):
         distance: The influence.
         remove_layers: Remove exactly so many layers.
         ratio: Remove this share of all parameters, to the nearest whole layer; in (0, 1).
+        consolidation: ``drop``: the layers that stay keep their weights; ``least_squares``: the one below each gap is
+            refitted on ``data.fitting`` to do what was there (:mod:`slm_pl.compression.least_squares`).
+        least_squares: How.
         plan_path: Apply this ``plan.json`` and do not search.
 
     Raises:
@@ -51,15 +55,20 @@ class BlockInfluence(CompressionCallback):
         distance: Literal["cosine", "angular"] = "cosine",
         remove_layers: int | None = None,
         ratio: float | None = None,
+        consolidation: DropConsolidation = "drop",
+        least_squares: LeastSquares = LeastSquares(),  # noqa: B008  frozen
         plan_path: str | None = None,
     ) -> None:
         super().__init__(plan_path)
+        check_drop_consolidation(consolidation)
         check_target("BlockInfluence", plan_path, {"remove_layers": remove_layers, "ratio": ratio})
         if distance not in ("cosine", "angular"):
             raise UsageError(f"distance is {distance!r}; allowed are cosine and angular.")
         self.distance = distance
         self.remove_layers = remove_layers
         self.ratio = ratio
+        self.consolidation = consolidation
+        self.least_squares = least_squares
 
     def plan(self, model: "PreTrainedModel", calibration: CalibrationSet) -> Plan:
         """Measures all layers in one pass; see the class."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from callbacks.base import CompressionCallback
 from slm_pl.compression.architecture import num_layers
+from slm_pl.compression.least_squares import DropConsolidation, LeastSquares, check_drop_consolidation
 from slm_pl.compression.plan import DropLayers, JSONValue, Plan
 from slm_pl.compression.target import check_protected, check_target, removable_layers
 from slm_pl.data import CalibrationSet
@@ -36,6 +37,9 @@ class LayerRemoval(CompressionCallback):
         protect_first: With ``order``, so many layers at the bottom stay; none if not given.
         protect_last: With ``order``, so many layers at the top stay; one if not given.
         seed: Of the draw; 1234 if not given.
+        consolidation: ``drop``: the layers that stay keep their weights; ``least_squares``: the one below each gap is
+            refitted on ``data.fitting`` to do what was there (:mod:`slm_pl.compression.least_squares`).
+        least_squares: How.
         plan_path: Apply this ``plan.json`` and decide nothing.
 
     Raises:
@@ -51,9 +55,12 @@ class LayerRemoval(CompressionCallback):
         protect_first: int | None = None,
         protect_last: int | None = None,
         seed: int | None = None,
+        consolidation: DropConsolidation = "drop",
+        least_squares: LeastSquares = LeastSquares(),  # noqa: B008  frozen
         plan_path: str | None = None,
     ) -> None:
         super().__init__(plan_path)
+        check_drop_consolidation(consolidation)
         if order is not None:
             if layers is not None:
                 raise UsageError(f"LayerRemoval got layers={layers} and order={order}; give one of them.")
@@ -84,6 +91,8 @@ class LayerRemoval(CompressionCallback):
         self.protect_first = protect_first
         self.protect_last = protect_last
         self.seed = seed
+        self.consolidation = consolidation
+        self.least_squares = least_squares
 
     @property
     def uses_calibration(self) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from callbacks.base import CompressionCallback
 from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.importance import Importance, magnitude, taylor
+from slm_pl.compression.least_squares import DropConsolidation, LeastSquares, check_drop_consolidation
 from slm_pl.compression.plan import DropLayers, JSONValue, Plan
 from slm_pl.compression.removal import RemovalSweep, finite, least
 from slm_pl.compression.target import check_memory_budget, check_protected, check_target, removable_layers
@@ -56,6 +57,9 @@ class ShortenedLLaMA(CompressionCallback):
         per_sample: Of ``taylor``: take the absolute value for each sample by itself.
         memory_budget: Of ``perplexity``: GiB of hidden states, activations and logits beside the weights, 2 if not
             given; the calibration set goes through in chunks that fit.
+        consolidation: ``drop``: the layers that stay keep their weights; ``least_squares``: the one below each gap is
+            refitted on ``data.fitting`` to do what was there (:mod:`slm_pl.compression.least_squares`).
+        least_squares: How.
         plan_path: Apply this ``plan.json`` and do not search.
 
     Raises:
@@ -74,9 +78,12 @@ class ShortenedLLaMA(CompressionCallback):
         norm_power: Literal[1, 2] = 1,
         per_sample: bool = False,
         memory_budget: float | None = None,
+        consolidation: DropConsolidation = "drop",
+        least_squares: LeastSquares = LeastSquares(),  # noqa: B008  frozen
         plan_path: str | None = None,
     ) -> None:
         super().__init__(plan_path)
+        check_drop_consolidation(consolidation)
         check_target("ShortenedLLaMA", plan_path, {"remove_layers": remove_layers, "ratio": ratio})
         check_protected(protect_first, protect_last)
         if memory_budget is not None:
@@ -100,6 +107,8 @@ class ShortenedLLaMA(CompressionCallback):
         self.norm_power = norm_power
         self.per_sample = per_sample
         self.memory_budget = memory_budget
+        self.consolidation = consolidation
+        self.least_squares = least_squares
 
     @property
     def uses_calibration(self) -> bool:

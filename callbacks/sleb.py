@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from callbacks.base import CompressionCallback
 from slm_pl.compression.architecture import num_layers
+from slm_pl.compression.least_squares import DropConsolidation, LeastSquares, check_drop_consolidation
 from slm_pl.compression.plan import DropLayers, JSONValue, Plan
 from slm_pl.compression.removal import RemovalSweep, finite, least
 from slm_pl.compression.target import check_memory_budget, check_protected, check_target, removable_layers
@@ -50,6 +51,9 @@ class SLEB(CompressionCallback):
         protect_last: So many layers at the top stay.
         memory_budget: GiB of hidden states, activations and logits beside the weights; the calibration set goes
             through in chunks that fit.
+        consolidation: ``drop``: the layers that stay keep their weights; ``least_squares``: the one below each gap is
+            refitted on ``data.fitting`` to do what was there (:mod:`slm_pl.compression.least_squares`).
+        least_squares: How.
         plan_path: Apply this ``plan.json`` and do not search.
 
     Raises:
@@ -63,9 +67,12 @@ class SLEB(CompressionCallback):
         protect_first: int = 1,
         protect_last: int = 1,
         memory_budget: float = 2.0,
+        consolidation: DropConsolidation = "drop",
+        least_squares: LeastSquares = LeastSquares(),  # noqa: B008  frozen
         plan_path: str | None = None,
     ) -> None:
         super().__init__(plan_path)
+        check_drop_consolidation(consolidation)
         check_target("SLEB", plan_path, {"remove_layers": remove_layers, "ratio": ratio})
         check_protected(protect_first, protect_last)
         check_memory_budget(memory_budget)
@@ -74,6 +81,8 @@ class SLEB(CompressionCallback):
         self.protect_first = protect_first
         self.protect_last = protect_last
         self.memory_budget = memory_budget
+        self.consolidation = consolidation
+        self.least_squares = least_squares
 
     def plan(self, model: "PreTrainedModel", calibration: CalibrationSet) -> Plan:
         """Searches greedily; see the class."""

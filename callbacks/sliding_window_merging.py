@@ -1,16 +1,29 @@
 """Sliding-Window Merging (arXiv 2502.19159)."""
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.base import CompressionCallback
-from slm_pl.compression.architecture import architecture_of, num_layers
-from slm_pl.compression.calibration import Layer, LayerReplay
-from slm_pl.compression.plan import Consolidation, JSONValue, MergeLayers, OtherParameters, Plan
-from slm_pl.compression.scores import CKA, LEAST_TOKENS, FlattenedCosine, Kernel, Similarity
-from slm_pl.compression.surgery import GrowingWindow, MergedLayer, check_consolidation, merge
+from slm_pl.compression.architecture import num_layers
+from slm_pl.compression.best_first import MergerCosts, search_best_first
+from slm_pl.compression.calibration import LayerReplay
+from slm_pl.compression.candidates import Candidates
+from slm_pl.compression.least_squares import LeastSquares
+from slm_pl.compression.plan import Consolidation, JSONValue, MergeLayers, OtherParameters, Plan, Step
+from slm_pl.compression.scores import (
+    CKA,
+    LEAST_TOKENS,
+    Divergence,
+    FlattenedCosine,
+    Kernel,
+    Likelihood,
+    Similarity,
+    TokenCosine,
+)
+from slm_pl.compression.surgery import check_consolidation
 from slm_pl.compression.target import check_target, layers_to_remove
 from slm_pl.compression.windows import Window, cut_windows, search_threshold, search_windows
 from slm_pl.console import progress
@@ -19,6 +32,12 @@ from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+Row = dict[str, JSONValue]
+Advance = Callable[[str], None]
+Decision = tuple[tuple[Window, ...], list[Row], Row]
+"""The windows to merge, the trace of the search, and what it ended with."""
 
 
 class SlidingWindowMerging(CompressionCallback):
@@ -45,7 +64,13 @@ class SlidingWindowMerging(CompressionCallback):
     * ``keep_bottom``: θ_low, their ablation "delete";
     * ``sum``: θ_low + Σ_{k=low+1..high} (θ_k − θ_low), the paper's figure and LaCo's formula; for a window of two
       layers this is θ_high;
-    * ``mean``: Σ_{k=low..high} θ_k / (high − low + 1), their ablation "average" with the division it forgets.
+    * ``mean``: Σ_{k=low..high} θ_k / (high − low + 1), their ablation "average" with the division it forgets;
+    * ``least_squares``: θ_low, with ``down_proj`` refitted so that the layer does what the window did
+      (:mod:`slm_pl.compression.least_squares`): ours, after an idea of ReplaceMe (https://arxiv.org/abs/2505.02819).
+
+    ``search: best_first`` is ours, too, and greedy like SLEB's (https://arxiv.org/abs/2402.09025), which drops single
+    layers: of all ways to merge a window with its neighbour, the one that costs least is taken, again and again. The
+    published search walks once, from the top downward.
 
     Args:
         threshold: A window grows while the similarity is greater; in (-1, 1].
@@ -53,10 +78,16 @@ class SlidingWindowMerging(CompressionCallback):
             many, the last window is cut to fit and the plan says so (``outcome.cut_to_fit``).
         ratio: Remove this share of all parameters, to the nearest whole layer; in (0, 1).
         consolidation: Which projections the merged layer gets; ``sum`` and ``mean`` not for models with experts.
-        other_parameters: Whose norms and biases it takes: ``top``, ``bottom`` as published, or their ``mean``.
-        similarity: ``cosine`` of the flattened final hidden states, as published; or ``cka``, the centered kernel
-            alignment of the tokens' final hidden states, which is blind to rotation and scale.
+        other_parameters: Whose norms and biases it takes: ``top``, ``bottom`` as published, or their ``mean``. With
+            ``least_squares`` the layer that stays keeps its own.
+        search: ``top_down``, as published, or ``best_first``.
+        similarity: ``cosine`` of the flattened final hidden states, as published; ``token_cosine``, the mean cosine of
+            the tokens without the first of each sample; ``cka``, the centered kernel alignment of the tokens' final
+            hidden states, which is blind to rotation and scale; with ``best_first`` also ``kl``, the divergence from
+            the dense model's distribution of the next token, and ``loss``, the cross-entropy of the calibration text.
         kernel: Of the alignment: ``linear``, or ``rbf`` with the median distance as bandwidth.
+        beam: With ``best_first``, go on with so many of the cheapest models of every size.
+        least_squares: How layers are refitted.
         skip_last: So many layers at the top are never merged.
         plan_path: Apply this ``plan.json`` and do not search.
 
@@ -69,11 +100,14 @@ class SlidingWindowMerging(CompressionCallback):
         threshold: float | None = None,
         remove_layers: int | None = None,
         ratio: float | None = None,
-        consolidation: Consolidation = "keep_top",
+        consolidation: Literal["keep_top", "keep_bottom", "sum", "mean", "least_squares"] = "keep_top",
         other_parameters: OtherParameters = "top",
-        similarity: Literal["cosine", "cka"] = "cosine",
+        search: Literal["top_down", "best_first"] = "top_down",
+        similarity: Literal["cosine", "token_cosine", "cka", "kl", "loss"] = "cosine",
         kernel: Kernel = "linear",
+        beam: int = 1,
         skip_last: int = 1,
+        least_squares: LeastSquares = LeastSquares(),  # noqa: B008  frozen
         plan_path: str | None = None,
     ) -> None:
         super().__init__(plan_path)
@@ -85,49 +119,78 @@ class SlidingWindowMerging(CompressionCallback):
             raise UsageError(f"skip_last is {skip_last}; give 0 or more layers (published: 1).")
         if kernel != "linear" and similarity != "cka":
             raise UsageError(f"kernel is {kernel!r}, but similarity {similarity!r} has no kernel. Set similarity: cka.")
+        if search == "top_down" and similarity in ("kl", "loss"):
+            raise UsageError(
+                f"similarity {similarity!r} has no threshold that windows grow to. Set search: best_first."
+            )
+        if similarity in ("kl", "loss") and threshold is not None:
+            raise UsageError(f"threshold is of a similarity; {similarity!r} is none. Give remove_layers or ratio.")
+        if beam < 1 or (beam > 1 and search != "best_first"):
+            raise UsageError(f"beam is {beam}; with search best_first, give 1 or more. top_down has none.")
         self.threshold = threshold
         self.remove_layers = remove_layers
         self.ratio = ratio
         self.consolidation = consolidation
         self.other_parameters = other_parameters
+        self.search = search
         self.similarity = similarity
         self.kernel = kernel
+        self.beam = beam
         self.skip_last = skip_last
+        self.least_squares = least_squares
+
+    @property
+    def _how(self) -> tuple[Consolidation, OtherParameters]:
+        """What the plan merges with; what is refitted comes on top of it."""
+        if self.consolidation == "least_squares":
+            return "keep_bottom", "bottom"
+        return cast(Consolidation, self.consolidation), self.other_parameters
 
     def plan(self, model: "PreTrainedModel", calibration: CalibrationSet) -> Plan:
         """Searches the windows; see the class."""
-        check_consolidation(model, self.consolidation, self.other_parameters)
+        check_consolidation(model, *self._how)
         if self.similarity == "cka" and calibration.shortest < LEAST_TOKENS:
             raise UsageError(
                 f"similarity is 'cka', which needs samples of at least {LEAST_TOKENS} tokens; the shortest calibration "
                 f"sample has {calibration.shortest}. Give longer ones, or similarity: cosine."
             )
         wanted = self._wanted(model)
-        similarity: Similarity = FlattenedCosine() if self.similarity == "cosine" else CKA(self.kernel)
         with progress("Searching windows") as advance:
             replay = LayerReplay(model, calibration)
-            candidates = Candidates(model, replay, self.consolidation, self.other_parameters, similarity, advance)
-            total = len(replay.layers)
-            if wanted is None:
-                assert self.threshold is not None
-                threshold = self.threshold
-                search = search_windows(candidates.score, total, threshold, self.skip_last)
-                runs = [(threshold, search)]
-            else:
-                search, threshold, runs = search_threshold(candidates.score, total, wanted, self.skip_last)
+            decide = self._top_down if self.search == "top_down" else self._best_first
+            windows, trace, outcome = decide(replay, self._similarity(model), wanted, advance)
+        outcome["removed_layers"] = sum(high - low for low, high in windows)
+        outcome["layer_forwards"] = replay.layer_forwards
+        steps: list[Step] = [MergeLayers(low, high, *self._how) for low, high in windows]
+        return self.make_plan(model, calibration, steps, trace, outcome)
+
+    def _similarity(self, model: "PreTrainedModel") -> Similarity:
+        if self.similarity == "kl":
+            return Divergence(model)
+        if self.similarity == "loss":
+            return Likelihood(model)
+        if self.similarity == "cka":
+            return CKA(self.kernel)
+        return FlattenedCosine() if self.similarity == "cosine" else TokenCosine()
+
+    def _top_down(self, replay: LayerReplay, similarity: Similarity, wanted: int | None, advance: Advance) -> Decision:
+        """The published search."""
+        candidates = Candidates(replay, *self._how, similarity, advance)
+        total = len(replay.layers)
+        if wanted is None:
+            assert self.threshold is not None
+            threshold = self.threshold
+            search = search_windows(candidates.score, total, threshold, self.skip_last)
+            runs = [(threshold, search)]
+        else:
+            search, threshold, runs = search_threshold(candidates.score, total, wanted, self.skip_last)
         windows = search.windows if wanted is None else cut_windows(search.windows, wanted)
         if not windows:
-            best = max(candidates.scores.values(), default=-1.0)
-            rank_zero_warn(
-                f"SlidingWindowMerging merged nothing: the best similarity seen is {best:.4f}, the threshold "
-                f"{threshold}. Lower the threshold below {best:.4f}, or give remove_layers."
-            )
-        outcome: dict[str, JSONValue] = {
+            self._warn_of_nothing(max(candidates.scores.values(), default=-1.0), threshold)
+        outcome: Row = {
             "threshold": threshold,
-            "removed_layers": sum(high - low for low, high in windows),
             "search": next(number for number, (_, run) in enumerate(runs) if run is search),
             "cut_to_fit": windows != search.windows,
-            "layer_forwards": replay.layer_forwards,
             "searches": [
                 {
                     "threshold": tried,
@@ -139,13 +202,35 @@ class SlidingWindowMerging(CompressionCallback):
                 for tried, run in runs
             ],
         }
-        trace: list[dict[str, JSONValue]] = [
+        trace: list[Row] = [
             {"low": t.low, "high": t.high, "similarity": t.similarity, "accepted": t.accepted, "search": number}
             for number, (_, run) in enumerate(runs)
             for t in run.tries
         ]
-        steps = [MergeLayers(low, high, self.consolidation, self.other_parameters) for low, high in windows]
-        return self.make_plan(model, calibration, list(steps), trace, outcome)
+        return windows, trace, outcome
+
+    def _best_first(
+        self, replay: LayerReplay, similarity: Similarity, wanted: int | None, advance: Advance
+    ) -> Decision:
+        """The search that looks everywhere."""
+        costs = MergerCosts(replay, *self._how, similarity, self.skip_last, advance)
+        total = len(replay.layers)
+        limit = math.inf if self.threshold is None else similarity.best - self.threshold
+        found = search_best_first(costs, total, wanted or total - 1 - self.skip_last, self.beam, limit)
+        if not found.windows:
+            self._warn_of_nothing(similarity.best - found.cost, cast(float, self.threshold))
+        scores = {
+            "kl": "KL divergence from the dense model, nats per token",
+            "loss": "negative log-likelihood with the window merged, nats per token",
+        }
+        score = scores.get(self.similarity, f"1 - {self.similarity} to the dense model")
+        return found.windows, list(found.trace), {"score": score, "cost": found.cost}
+
+    def _warn_of_nothing(self, best: float, threshold: float) -> None:
+        rank_zero_warn(
+            f"SlidingWindowMerging merged nothing: the best similarity seen is {best:.4f}, the threshold "
+            f"{threshold}. Lower the threshold below {best:.4f}, or give remove_layers."
+        )
 
     def _wanted(self, model: "PreTrainedModel") -> int | None:
         """How many layers to remove, or None if the threshold decides."""
@@ -159,65 +244,3 @@ class SlidingWindowMerging(CompressionCallback):
         if self.remove_layers is None and self.ratio is None:
             return None
         return layers_to_remove(model, self.remove_layers, self.ratio, most, f"with skip_last {self.skip_last}")
-
-
-class Candidates:
-    """Scores candidate models, none of them twice, by replaying the layers from the lowest window up.
-
-    The window that grows is updated in place. Windows above it that are settled are merged again whenever their turn
-    comes, a fraction of the work of one layer. So at most two merged layers are in memory, whatever the number of
-    windows: the one that grows, and a settled one while it is run.
-    """
-
-    def __init__(
-        self,
-        model: "PreTrainedModel",
-        replay: LayerReplay,
-        consolidation: Consolidation,
-        other_parameters: OtherParameters,
-        similarity: Similarity,
-        advance: Callable[[str], None],
-    ) -> None:
-        self.scores: dict[tuple[tuple[Window, ...], int, int], float] = {}
-        self._replay = replay
-        self._how = (consolidation, other_parameters, architecture_of(model))
-        self._similarity = similarity
-        self._advance = advance
-        self._growing: GrowingWindow | None = None
-        self._grown: Window = (0, 0)
-
-    def score(self, windows: tuple[Window, ...], low: int, high: int) -> float:
-        """Similarity of the dense model and the one with ``windows`` and the window ``low..high`` below them merged."""
-        key = (windows, low, high)
-        if key not in self.scores:
-            candidate = self._layers(self._grow(low, high), windows, high)
-            self.scores[key] = self._replay.score(candidate, low, self._similarity)
-            self._advance(f"layers {low}-{high}: {self.scores[key]:.4f}")
-        return self.scores[key]
-
-    def _grow(self, low: int, high: int) -> MergedLayer:
-        layers = self._replay.layers
-        if self._growing is None or self._grown[1] != high or self._grown[0] < low:
-            self._growing, self._grown = GrowingWindow(layers[high], *self._how), (high, high)
-        for below in range(self._grown[0] - 1, low - 1, -1):
-            self._growing.grow(layers[below])
-        self._grown = (low, high)
-        return self._growing.layer()
-
-    def _layers(self, lowest: MergedLayer, windows: tuple[Window, ...], high: int) -> Iterator[tuple[int, Layer]]:
-        """The candidate's layers from the lowest window up, each made when its turn comes."""
-        layers = self._replay.layers
-
-        def origin(low: int, high: int) -> int:
-            return MergeLayers(low, high, self._how[0]).host
-
-        yield origin(self._grown[0], high), lowest
-        del lowest
-        above = high + 1
-        for window_low, window_high in reversed(windows):
-            for layer in range(above, window_low):
-                yield layer, layers[layer]
-            yield origin(window_low, window_high), merge(layers[window_low : window_high + 1], *self._how)
-            above = window_high + 1
-        for layer in range(above, len(layers)):
-            yield layer, layers[layer]

@@ -187,16 +187,25 @@ class LayerReplay:
         mean_over_ranks([], _first_fault(states, stages, "of the dense model"))
 
     @torch.inference_mode()
-    def score(self, candidate: Iterable[tuple[int, Layer]], low: int, similarity: Similarity) -> float:
+    def run(self, origin: int, layer: Layer, states: Sequence[Tensor]) -> list[Tensor]:
+        """Runs one layer on a hidden state of every batch, with the keyword arguments of the dense layer ``origin``."""
+        self.layer_forwards += 1
+        pairs = zip(states, self.captures, strict=True)
+        return [first_of(layer(hidden, **capture.arguments[origin])) for hidden, capture in pairs]
+
+    @torch.inference_mode()
+    def score(
+        self, candidate: Iterable[tuple[int, Layer]], start: int | Sequence[Tensor], similarity: Similarity
+    ) -> float:
         """Compares a candidate with the dense model.
 
         Each layer is run on every batch, and forgotten before the next one is asked for, so that a candidate which
         makes its layers as they are iterated over holds one of them at a time.
 
         Args:
-            candidate: The layers from ``low`` to the end, each with the index of the dense layer whose keyword
+            candidate: The layers from ``start`` to the end, each with the index of the dense layer whose keyword
                 arguments it is called with.
-            low: The dense layer at whose input the candidate starts.
+            start: The dense layer at whose input the candidate starts, or a hidden state of every batch.
             similarity: Compares the final hidden states of the dense model and the candidate.
 
         Returns:
@@ -205,7 +214,7 @@ class LayerReplay:
         Raises:
             FloatingPointError: If a hidden state of the candidate is not finite.
         """
-        hidden = [capture.inputs[low] for capture in self.captures]
+        hidden = [capture.inputs[start] for capture in self.captures] if isinstance(start, int) else list(start)
         states: list[list[Tensor]] = [[] for _ in self.captures]
         origins: list[int] = []
         for origin, layer in candidate:
@@ -219,7 +228,7 @@ class LayerReplay:
         for number, capture in enumerate(self.captures):
             final = final_hidden_state(self.model, hidden[number])
             states[number].append(_finite(final))
-            values += similarity.statistics(capture.final, final).tolist()
+            values += similarity.statistics(capture.final, final, capture.ids).tolist()
         stages = [f"layer {origin}" for origin in origins]
         stages[0] += ", where the merged window stands,"
         stages.append("the final norm")

@@ -23,7 +23,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,20 @@ if TYPE_CHECKING:
 
 CHUNK = 2048
 """Tokens that go through a layer together."""
+
+
+DropConsolidation = Literal["drop", "least_squares"]
+"""What becomes of the layers below the gaps: nothing, or they are refitted."""
+
+
+def check_drop_consolidation(consolidation: str) -> None:
+    """Holds the argument of the methods that drop layers to its values.
+
+    Raises:
+        UsageError: If it is another one.
+    """
+    if consolidation not in get_args(DropConsolidation):
+        raise UsageError(f"consolidation is {consolidation!r}; allowed are drop and least_squares.")
 
 
 @dataclass(frozen=True)

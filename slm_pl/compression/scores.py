@@ -2,12 +2,18 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from slm_pl.compression.architecture import logits
 from slm_pl.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LOGITS_BYTES = 48 * 2**20  # of one slice, in float32
 
 Kernel = Literal["linear", "rbf"]
 """Of centered kernel alignment: inner products, or a Gaussian of the distance."""
@@ -24,24 +30,113 @@ class Similarity(Protocol):
     nor the way samples are spread over processes matters.
     """
 
-    def statistics(self, reference: Tensor, candidate: Tensor) -> Tensor:
-        """From hidden states, each ``[batch, tokens, hidden]``, to numbers for each sample, ``[batch, n]``, float64."""
+    @property
+    def best(self) -> float:
+        """That of a model with itself, or what none exceeds."""
+
+    def statistics(self, reference: Tensor, candidate: Tensor, ids: Tensor) -> Tensor:
+        """Looks at some samples.
+
+        Args:
+            reference: Final hidden states of the dense model, ``[batch, tokens, hidden]``.
+            candidate: Those of the candidate, same shape.
+            ids: The tokens, ``[batch, tokens]``.
+
+        Returns:
+            Numbers for each sample, ``[batch, n]``, float64.
+        """
 
     def combine(self, means: list[float]) -> float:
-        """From the means over the samples of these n numbers to the similarity, in [-1, 1]."""
+        """From the means over the samples of these n numbers to the similarity; greater is more alike."""
 
 
 @dataclass(frozen=True)
 class FlattenedCosine:
     """The mean over the samples of :func:`flattened_cosine`."""
 
-    def statistics(self, reference: Tensor, candidate: Tensor) -> Tensor:
+    best: float = 1.0
+
+    def statistics(self, reference: Tensor, candidate: Tensor, ids: Tensor | None = None) -> Tensor:
         """One cosine for each sample."""
         return flattened_cosine(reference, candidate)[:, None]
 
     def combine(self, means: list[float]) -> float:
         """Their mean."""
         return means[0]
+
+
+@dataclass(frozen=True)
+class TokenCosine:
+    """The mean over the tokens of the cosine of their final hidden states, without the first token of each sample.
+
+    In the flattened cosine the first token, whose state may be a hundred times as long, outweighs all others.
+    """
+
+    best: float = 1.0
+
+    def statistics(self, reference: Tensor, candidate: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The mean of each sample."""
+        return _cosine(reference[:, 1:], candidate[:, 1:]).mean(1, keepdim=True)
+
+    def combine(self, means: list[float]) -> float:
+        """Their mean."""
+        return means[0]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Minus KL(dense || candidate) of the next token, in nats, averaged over the tokens.
+
+    Attributes:
+        model: Lends its language-model head.
+    """
+
+    model: "PreTrainedModel"
+    best: float = 0.0
+
+    def statistics(self, reference: Tensor, candidate: Tensor, ids: Tensor) -> Tensor:
+        """The mean of each sample."""
+        rows = []
+        for theirs, own in zip(_slices(self.model, reference), _slices(self.model, candidate), strict=True):
+            p, q = (logits(self.model, part).float().log_softmax(-1) for part in (theirs, own))
+            rows.append((p.exp() * (p - q)).nan_to_num(0.0, math.inf).sum(-1))  # p log p is 0 where p is
+        return torch.cat(rows).view(len(ids), -1).double().mean(1, keepdim=True)
+
+    def combine(self, means: list[float]) -> float:
+        """Minus their mean."""
+        return -means[0]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Minus the cross-entropy of the text under the candidate, in nats per token; the dense model is not asked.
+
+    Attributes:
+        model: Lends its language-model head.
+    """
+
+    model: "PreTrainedModel"
+    best: float = 0.0
+
+    def statistics(self, reference: Tensor, candidate: Tensor, ids: Tensor) -> Tensor:
+        """The mean of each sample."""
+        targets = ids[:, 1:].flatten()
+        parts = list(_slices(self.model, candidate[:, :-1]))
+        losses = [
+            torch.nn.functional.cross_entropy(logits(self.model, part).float(), wanted, reduction="none")
+            for part, wanted in zip(parts, targets.split([len(part) for part in parts]), strict=True)
+        ]
+        return torch.cat(losses).view(len(ids), -1).double().mean(1, keepdim=True)
+
+    def combine(self, means: list[float]) -> float:
+        """Minus their mean."""
+        return -means[0]
+
+
+def _slices(model: "PreTrainedModel", final: Tensor) -> tuple[Tensor, ...]:
+    """Final hidden states of few tokens at a time, ``[tokens, hidden]``, so that their logits take little memory."""
+    size = max(1, _LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
+    return final.flatten(0, 1).split(size)
 
 
 @dataclass(frozen=True)
@@ -58,8 +153,9 @@ class CKA:
     """
 
     kernel: Kernel = "linear"
+    best: float = 1.0
 
-    def statistics(self, reference: Tensor, candidate: Tensor) -> Tensor:
+    def statistics(self, reference: Tensor, candidate: Tensor, ids: Tensor | None = None) -> Tensor:
         """HSIC(K, L), HSIC(K, K) and HSIC(L, L) of each sample."""
         k, l = centered_gram(reference, self.kernel), centered_gram(candidate, self.kernel)  # noqa: E741
         return torch.stack([(a * b).sum((1, 2)) for a, b in ((k, l), (k, k), (l, l))], dim=1)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from callbacks.sliding_window_merging import Candidates
 from slm_pl import files
 from slm_pl.compression import surgery
 from slm_pl.compression.calibration import LayerReplay
+from slm_pl.compression.candidates import Candidates
 from slm_pl.compression.plan import Base, Consolidation, MergeLayers, Method, OtherParameters, Plan
 from slm_pl.compression.scores import FlattenedCosine
 from slm_pl.compression.windows import Window, cut_windows, search_threshold
@@ -72,7 +72,7 @@ class Study:
         model = load_model(self.source, dtype="float32")
         with torch.no_grad(), progress(f"Searching, {' / '.join(variant)}") as advance:
             replay = LayerReplay(model, self.calibration)
-            candidates = Candidates(model, replay, *variant, FlattenedCosine(), advance)
+            candidates = Candidates(replay, *variant, FlattenedCosine(), advance)
             found: dict[str, list[Window]] = {}
             for removed in self.options.layers:
                 search, _, _ = search_threshold(candidates.score, len(replay.layers), removed)

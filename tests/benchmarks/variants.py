@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.table import Table
 
-from callbacks.sliding_window_merging import Candidates
 from slm_pl.compression.calibration import LayerReplay
+from slm_pl.compression.candidates import Candidates
 from slm_pl.compression.plan import Consolidation, OtherParameters
 from slm_pl.compression.scores import FlattenedCosine
 from slm_pl.compression.windows import Window, search_windows
@@ -82,7 +82,7 @@ def searches(repeats: int) -> tuple[list[Check], dict[str, object]]:
         def search(consolidation: Consolidation, tries: list[Asked] = tries) -> None:
             other: OtherParameters = "top" if consolidation == "keep_top" else "mean"
             replay = LayerReplay(model, calibration)
-            candidates = Candidates(model, replay, consolidation, other, FlattenedCosine(), lambda _: None)
+            candidates = Candidates(replay, consolidation, other, FlattenedCosine(), lambda _: None)
             for asked in tries:
                 candidates.score(*asked)
 
@@ -118,7 +118,7 @@ def tries_of(model: "PreTrainedModel", calibration: CalibrationSet, threshold: f
     """What the search with ``keep_top`` asks to be scored, in order."""
     with torch.no_grad():
         replay = LayerReplay(model, calibration)
-        candidates = Candidates(model, replay, "keep_top", "top", FlattenedCosine(), lambda _: None)
+        candidates = Candidates(replay, "keep_top", "top", FlattenedCosine(), lambda _: None)
         search_windows(candidates.score, len(replay.layers), threshold)
     return list(candidates.scores)
 

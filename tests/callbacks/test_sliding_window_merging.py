@@ -9,9 +9,9 @@ import torch
 import torch.multiprocessing
 
 from callbacks import SlidingWindowMerging
-from callbacks.sliding_window_merging import Candidates
 from slm_pl.compression import surgery
 from slm_pl.compression.calibration import LayerReplay
+from slm_pl.compression.candidates import Candidates
 from slm_pl.compression.plan import MergeLayers
 from slm_pl.compression.scores import FlattenedCosine
 from slm_pl.compression.windows import cut_windows, search_threshold, search_windows
@@ -244,7 +244,7 @@ def test_two_merged_layers_at_most_are_in_memory(monkeypatch):
     monkeypatch.setattr(surgery, "MergedLayer", Watched)
     replay = LayerReplay(pico_model(num_hidden_layers=14), CALIBRATION)
     how = ("mean", "mean", FlattenedCosine(), lambda text: None)
-    candidates = Candidates(pico_model(num_hidden_layers=14), replay, *how)
+    candidates = Candidates(replay, *how)
     candidates.score(((11, 12), (8, 10), (5, 6)), 2, 3)
     candidates.score(((11, 12), (8, 10), (5, 6)), 1, 3)
     # One is described while it runs; the sums of the one that grows are kept beside it.
