@@ -1,0 +1,194 @@
+"""The search that looks everywhere, against models that are merged and run by hand."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from callbacks import SlidingWindowMerging
+from slm_pl.compression import surgery
+from slm_pl.compression.best_first import MergerCosts, search_best_first
+from slm_pl.compression.calibration import LayerReplay
+from slm_pl.compression.plan import Base, MergeLayers, Method, Plan
+from slm_pl.compression.scores import CKA, Divergence, FlattenedCosine, Likelihood, TokenCosine
+from slm_pl.data import CalibrationSet, CalibrationText
+from slm_pl.errors import UsageError
+from tests.helpers.pico import pico_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+IDS = torch.randint(3, 512, (4, 18), generator=torch.Generator().manual_seed(1))
+CALIBRATION = CalibrationSet.from_ids(IDS.tolist(), CalibrationText(source="ids", samples=4, sequence_length=18))
+LAYERS = 7
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def merged(windows, consolidation="keep_top", other="top"):
+    """A model with these windows merged by the surgery."""
+    model = pico_model(num_hidden_layers=LAYERS)
+    steps = tuple(MergeLayers(low, high, consolidation, other) for low, high in windows if low < high)
+    surgery.apply(model, Plan(Base.of(model), Method("test", {}), None, steps))
+    return model
+
+
+def cost_by_hand(name: str, windows, *how) -> float:
+    dense, model = pico_model(num_hidden_layers=LAYERS), merged(windows, *how)
+    reference, own = (m.model(input_ids=IDS).last_hidden_state.double() for m in (dense, model))
+    if name == "cosine":
+        return 1 - torch.cosine_similarity(reference.flatten(1), own.flatten(1), dim=1).mean().item()
+    if name == "token_cosine":
+        return 1 - torch.cosine_similarity(reference[:, 1:], own[:, 1:], dim=-1).mean().item()
+    p, q = (m(input_ids=IDS).logits.double().log_softmax(-1) for m in (dense, model))
+    if name == "kl":
+        return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item()
+    return torch.nn.functional.nll_loss(q[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).item()
+
+
+SCORES = {"cosine": FlattenedCosine, "token_cosine": TokenCosine, "kl": Divergence, "loss": Likelihood}
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("how", [("keep_top", "top"), ("keep_bottom", "bottom"), ("sum", "mean"), ("mean", "top")])
+@pytest.mark.parametrize(
+    "partition",
+    [
+        tuple((layer, layer) for layer in range(LAYERS)),
+        ((0, 0), (1, 2), (3, 3), (4, 6)),
+        ((0, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6)),
+    ],
+)
+def test_costs_are_those_of_the_model_merged_by_hand(name, how, partition):
+    model = pico_model(num_hidden_layers=LAYERS)
+    replay = LayerReplay(model, IDS.split(3))
+    score = SCORES[name](model) if name in ("kl", "loss") else SCORES[name]()
+    costs = MergerCosts(replay, *how, score, skip_last=0)(partition)
+    assert list(costs) == list(range(len(partition) - 1))
+    for place, cost in costs.items():
+        joined = (*partition[:place], (partition[place][0], partition[place + 1][1]), *partition[place + 2 :])
+        assert cost == pytest.approx(cost_by_hand(name, joined, *how), abs=2e-5)
+
+
+def test_a_model_is_its_own_best():
+    model = pico_model(num_hidden_layers=LAYERS)
+    final = model.model(input_ids=IDS).last_hidden_state
+    for score in (FlattenedCosine(), TokenCosine(), CKA(), Divergence(model)):
+        means = score.statistics(final, final, IDS).mean(0).tolist()
+        assert score.best - score.combine(means) == pytest.approx(0, abs=1e-6)
+
+
+def greedy(score: str, wanted: int, skip_last: int) -> list[tuple[int, int]]:
+    windows = [(layer, layer) for layer in range(LAYERS)]
+    for _ in range(wanted):
+        ways = []
+        for place in range(len(windows) - 1 - skip_last):
+            joined = [*windows[:place], (windows[place][0], windows[place + 1][1]), *windows[place + 2 :]]
+            ways.append((cost_by_hand(score, joined), joined))
+        windows = min(ways)[1]
+    return [window for window in windows if window[0] < window[1]]
+
+
+@pytest.mark.parametrize(("score", "skip_last"), [("cosine", 1), ("kl", 0), ("loss", 1), ("token_cosine", 2)])
+def test_plan_is_greedy_over_all_neighbours_and_runs_few_layers(score, skip_last):
+    method = SlidingWindowMerging(remove_layers=3, search="best_first", similarity=score, skip_last=skip_last)
+    plan = method.plan(pico_model(num_hidden_layers=LAYERS), CALIBRATION)
+    assert [(step.low, step.high) for step in plan.steps] == greedy(score, 3, skip_last)
+    phases = [[row for row in plan.trace if row["phase"] == phase] for phase in range(3)]
+    assert [len(phase) for phase in phases] == [LAYERS - 1 - skip_last - phase for phase in range(3)]
+    expected = LAYERS
+    partition = [(layer, layer) for layer in range(LAYERS)]
+    for phase in phases:
+        first = next((place for place, (low, high) in enumerate(partition) if low < high), len(partition))
+        for place in range(len(phase)):
+            expected += len(partition) - 1 - place + (place > first)
+        (taken,) = [row for row in phase if row["removed"]]
+        assert taken["score"] == min(row["score"] for row in phase)
+        partition = [w for w in partition if not taken["layer"] <= w[0] <= taken["high"]]
+        partition = sorted([*partition, (taken["layer"], taken["high"])])
+    assert plan.outcome["layer_forwards"] == expected
+    assert plan.outcome["cost"] == min(row["score"] for row in phases[-1])
+    assert plan.outcome["removed_layers"] == 3
+
+
+def test_a_beam_finds_what_greed_passes_by():
+    # Alone, 0-1 is cheapest; but what is cheap together begins with 2-3.
+    prices = {
+        frozenset({(0, 1)}): 1.0,
+        frozenset({(2, 3)}): 2.0,
+        frozenset({(2, 4)}): 2.5,
+        frozenset({(2, 3), (0, 1)}): 9,
+    }
+
+    def costs(partition):
+        found = {}
+        for place in range(len(partition) - 1):
+            joined = (*partition[:place], (partition[place][0], partition[place + 1][1]), *partition[place + 2 :])
+            found[place] = prices.get(frozenset(w for w in joined if w[0] < w[1]), 10.0 + place)
+        return found
+
+    assert search_best_first(costs, 5, 2).windows == ((0, 1), (2, 3))
+    found = search_best_first(costs, 5, 2, beam=2)
+    assert found.windows == ((2, 4),)
+    assert found.cost == 2.5
+    assert {row["of"] for row in found.trace if row["phase"] == 1} == {0, 1}
+    assert sum(row["removed"] for row in found.trace if row["phase"] == 0) == 2
+    everything = {
+        frozenset(w for w in zip((0, *cut), (*(c - 1 for c in cut), 4), strict=True) if w[0] < w[1])
+        for cut in itertools.combinations(range(1, 5), 2)
+    }
+    best = min(everything, key=lambda windows: prices.get(windows, 10.0))
+    assert frozenset(search_best_first(costs, 5, 2, beam=100).windows) == best
+
+
+def test_a_limit_ends_the_search():
+    found = search_best_first(lambda partition: {0: len(partition) / 10, 1: 1.0}, 5, 4, limit=0.45)
+    assert (found.windows, found.cost) == ((), 0.5)
+    found = search_best_first(lambda partition: {0: 1 - len(partition) / 10, 1: 1.0}, 5, 3, limit=0.65)
+    assert (found.windows, found.cost) == (((0, 2),), 0.7)
+    threshold = 1 - cost_by_hand("cosine", greedy_partition(2)) + 1e-6
+    method = SlidingWindowMerging(threshold=threshold, search="best_first")
+    plan = method.plan(pico_model(num_hidden_layers=LAYERS), CALIBRATION)
+    assert plan.outcome["removed_layers"] == 1
+    with pytest.warns(UserWarning, match="merged nothing: the best similarity"):
+        nothing = SlidingWindowMerging(threshold=1.0, search="best_first").plan(pico_model(), CALIBRATION)
+    assert nothing.steps == ()
+
+
+def greedy_partition(wanted: int) -> list[tuple[int, int]]:
+    windows = greedy("cosine", wanted, 1)
+    inside = {layer for low, high in windows for layer in range(low, high + 1)}
+    return sorted([*windows, *((layer, layer) for layer in range(LAYERS) if layer not in inside)])
+
+
+def test_a_ruinous_merger_is_passed_by_and_nothing_but_ruin_is_an_error():
+    costs = [{0: math.inf, 1: 0.2, 2: math.inf}, {0: math.inf, 1: math.inf}]
+    found = search_best_first(lambda partition: costs[4 - len(partition)], 4, 1)
+    assert found.windows == ((1, 2),)
+    assert [row["score"] for row in found.trace] == [None, 0.2, None]
+    with pytest.raises(FloatingPointError, match="after 1 layers, hidden states are not finite.*bfloat16"):
+        search_best_first(lambda partition: costs[4 - len(partition)], 4, 2)
+    model = pico_model(num_hidden_layers=LAYERS)
+    replay = LayerReplay(model, [IDS])
+    model.model.layers[3].mlp.down_proj.weight[0, 0] = math.inf  # whoever keeps it
+    found = MergerCosts(replay, "keep_top", "top", FlattenedCosine(), skip_last=0)(
+        ((0, 1), *((layer, layer) for layer in range(2, LAYERS)))
+    )
+    assert [place for place, cost in found.items() if math.isfinite(cost)] == [2]  # in which layer 3 gives way to 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"similarity": "kl", "remove_layers": 2}, "no threshold.*best_first"),
+        ({"similarity": "loss", "threshold": 0.5, "search": "best_first"}, "threshold is of a similarity"),
+        ({"beam": 2, "remove_layers": 2}, "beam is 2; with search best_first"),
+        ({"beam": 0, "remove_layers": 2, "search": "best_first"}, "beam is 0"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        SlidingWindowMerging(**arguments)
