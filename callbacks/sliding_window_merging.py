@@ -1,18 +1,19 @@
 """Sliding-Window Merging (arXiv 2502.19159)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.base import CompressionCallback
 from slm_pl.compression.architecture import num_layers
-from slm_pl.compression.best_first import MergerCosts, search_best_first
-from slm_pl.compression.calibration import LayerReplay
+from slm_pl.compression.best_first import MergerCosts, Refit, search_best_first
+from slm_pl.compression.calibration import LayerReplay, batched, distributed
 from slm_pl.compression.candidates import Candidates
 from slm_pl.compression.least_squares import LeastSquares
-from slm_pl.compression.plan import Consolidation, JSONValue, MergeLayers, OtherParameters, Plan, Step
+from slm_pl.compression.plan import Consolidation, JSONValue, MergeLayers, OtherParameters, Plan
 from slm_pl.compression.scores import (
     CKA,
     LEAST_TOKENS,
@@ -25,7 +26,7 @@ from slm_pl.compression.scores import (
 )
 from slm_pl.compression.surgery import check_consolidation
 from slm_pl.compression.target import check_target, layers_to_remove
-from slm_pl.compression.windows import Window, cut_windows, search_threshold, search_windows
+from slm_pl.compression.windows import cut_windows, search_threshold, search_windows
 from slm_pl.console import progress
 from slm_pl.data import CalibrationSet
 from slm_pl.errors import UsageError
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+FITTED_AT_ONCE = 8
+"""Samples in a batch of those that candidates are fitted on."""
 Row = dict[str, JSONValue]
 Advance = Callable[[str], None]
-Decision = tuple[tuple[Window, ...], list[Row], Row]
+Decision = tuple[Sequence[MergeLayers], list[Row], Row]
 """The windows to merge, the trace of the search, and what it ended with."""
 
 
@@ -88,6 +91,9 @@ class SlidingWindowMerging(CompressionCallback):
         kernel: Of the alignment: ``linear``, or ``rbf`` with the median distance as bandwidth.
         beam: With ``best_first``, go on with so many of the cheapest models of every size.
         least_squares: How layers are refitted.
+        refit_candidates: With ``best_first`` and ``least_squares``, refit every candidate before it is scored, once as
+            the lowest layer of its window and once as the highest: on three of four calibration samples, and scored on
+            the fourth. Give some 64 samples.
         skip_last: So many layers at the top are never merged.
         plan_path: Apply this ``plan.json`` and do not search.
 
@@ -108,6 +114,7 @@ class SlidingWindowMerging(CompressionCallback):
         beam: int = 1,
         skip_last: int = 1,
         least_squares: LeastSquares = LeastSquares(),  # noqa: B008  frozen
+        refit_candidates: bool = False,
         plan_path: str | None = None,
     ) -> None:
         super().__init__(plan_path)
@@ -127,6 +134,11 @@ class SlidingWindowMerging(CompressionCallback):
             raise UsageError(f"threshold is of a similarity; {similarity!r} is none. Give remove_layers or ratio.")
         if beam < 1 or (beam > 1 and search != "best_first"):
             raise UsageError(f"beam is {beam}; with search best_first, give 1 or more. top_down has none.")
+        if refit_candidates and (search, consolidation) != ("best_first", "least_squares"):
+            raise UsageError(
+                f"refit_candidates is of search best_first with consolidation least_squares; these are {search} and "
+                f"{consolidation}. Leave it out."
+            )
         self.threshold = threshold
         self.remove_layers = remove_layers
         self.ratio = ratio
@@ -138,6 +150,7 @@ class SlidingWindowMerging(CompressionCallback):
         self.beam = beam
         self.skip_last = skip_last
         self.least_squares = least_squares
+        self.refit_candidates = refit_candidates
 
     @property
     def _how(self) -> tuple[Consolidation, OtherParameters]:
@@ -155,14 +168,11 @@ class SlidingWindowMerging(CompressionCallback):
                 f"sample has {calibration.shortest}. Give longer ones, or similarity: cosine."
             )
         wanted = self._wanted(model)
+        decide = self._top_down if self.search == "top_down" else self._best_first
         with progress("Searching windows") as advance:
-            replay = LayerReplay(model, calibration)
-            decide = self._top_down if self.search == "top_down" else self._best_first
-            windows, trace, outcome = decide(replay, self._similarity(model), wanted, advance)
-        outcome["removed_layers"] = sum(high - low for low, high in windows)
-        outcome["layer_forwards"] = replay.layer_forwards
-        steps: list[Step] = [MergeLayers(low, high, *self._how) for low, high in windows]
-        return self.make_plan(model, calibration, steps, trace, outcome)
+            steps, trace, outcome = decide(model, calibration, wanted, advance)
+        outcome["removed_layers"] = sum(step.high - step.low for step in steps)
+        return self.make_plan(model, calibration, list(steps), trace, outcome)
 
     def _similarity(self, model: "PreTrainedModel") -> Similarity:
         if self.similarity == "kl":
@@ -173,9 +183,12 @@ class SlidingWindowMerging(CompressionCallback):
             return CKA(self.kernel)
         return FlattenedCosine() if self.similarity == "cosine" else TokenCosine()
 
-    def _top_down(self, replay: LayerReplay, similarity: Similarity, wanted: int | None, advance: Advance) -> Decision:
+    def _top_down(
+        self, model: "PreTrainedModel", calibration: CalibrationSet, wanted: int | None, advance: Advance
+    ) -> Decision:
         """The published search."""
-        candidates = Candidates(replay, *self._how, similarity, advance)
+        replay = LayerReplay(model, calibration)
+        candidates = Candidates(replay, *self._how, self._similarity(model), advance)
         total = len(replay.layers)
         if wanted is None:
             assert self.threshold is not None
@@ -191,6 +204,7 @@ class SlidingWindowMerging(CompressionCallback):
             "threshold": threshold,
             "search": next(number for number, (_, run) in enumerate(runs) if run is search),
             "cut_to_fit": windows != search.windows,
+            "layer_forwards": replay.layer_forwards,
             "searches": [
                 {
                     "threshold": tried,
@@ -207,24 +221,45 @@ class SlidingWindowMerging(CompressionCallback):
             for number, (_, run) in enumerate(runs)
             for t in run.tries
         ]
-        return windows, trace, outcome
+        return [MergeLayers(low, high, *self._how) for low, high in windows], trace, outcome
 
     def _best_first(
-        self, replay: LayerReplay, similarity: Similarity, wanted: int | None, advance: Advance
+        self, model: "PreTrainedModel", calibration: CalibrationSet, wanted: int | None, advance: Advance
     ) -> Decision:
         """The search that looks everywhere."""
-        costs = MergerCosts(replay, *self._how, similarity, self.skip_last, advance)
-        total = len(replay.layers)
+        samples = [sample for batch in calibration for sample in batch]
+        refit = None
+        ways = [MergeLayers(0, 0, *self._how)]
+        if self.refit_candidates:
+            ranks = torch.distributed.get_world_size() if distributed() else 1
+            if calibration.text.samples < 4 * ranks:
+                raise UsageError(
+                    f"refit_candidates got {calibration.text.samples} calibration samples; {ranks} device(s) need at "
+                    f"least {4 * ranks}. Raise data.calibration.samples, to some 64."
+                )
+            learnt = batched([s for number, s in enumerate(samples) if number % 4 != 3], FITTED_AT_ONCE)
+            samples = samples[3::4]
+            refit = Refit(LayerReplay(model, learnt), self.least_squares.middle_ridge)
+            ways.append(MergeLayers(0, 0, "keep_top", "top"))
+        scored = LayerReplay(model, batched(samples, calibration.text.batch_size))
+        similarity = self._similarity(model)
+        costs = MergerCosts(scored, ways, similarity, self.skip_last, refit, advance)
         limit = math.inf if self.threshold is None else similarity.best - self.threshold
-        found = search_best_first(costs, total, wanted or total - 1 - self.skip_last, self.beam, limit)
+        found = search_best_first(costs, len(scored.layers), wanted or self._most(model), self.beam, limit)
         if not found.windows:
             self._warn_of_nothing(similarity.best - found.cost, cast(float, self.threshold))
         scores = {
             "kl": "KL divergence from the dense model, nats per token",
             "loss": "negative log-likelihood with the window merged, nats per token",
         }
-        score = scores.get(self.similarity, f"1 - {self.similarity} to the dense model")
-        return found.windows, list(found.trace), {"score": score, "cost": found.cost}
+        outcome: Row = {
+            "score": scores.get(self.similarity, f"1 - {self.similarity} to the dense model"),
+            "cost": found.cost,
+            "layer_forwards": scored.layer_forwards,
+        }
+        if refit is not None:
+            outcome["fitted_layer_forwards"] = refit.replay.layer_forwards
+        return found.windows, list(found.trace), outcome
 
     def _warn_of_nothing(self, best: float, threshold: float) -> None:
         rank_zero_warn(
@@ -232,10 +267,12 @@ class SlidingWindowMerging(CompressionCallback):
             f"{threshold}. Lower the threshold below {best:.4f}, or give remove_layers."
         )
 
+    def _most(self, model: "PreTrainedModel") -> int:
+        return num_layers(model) - 1 - self.skip_last
+
     def _wanted(self, model: "PreTrainedModel") -> int | None:
         """How many layers to remove, or None if the threshold decides."""
-        total = num_layers(model)
-        most = total - 1 - self.skip_last
+        total, most = num_layers(model), self._most(model)
         if most < 1:
             raise UsageError(
                 f"The model has {total} layers and skip_last is {self.skip_last}: no window of two layers fits. "

@@ -1,7 +1,12 @@
-"""A search that looks everywhere: again and again, the cheapest way to merge a window with its neighbour."""
+"""A search that looks everywhere: again and again, the cheapest way to merge a window with its neighbour.
+
+Greedy removal of the layer that is missed least is SLEB's idea (https://arxiv.org/abs/2402.09025). Ours are that it
+merges, with every consolidation and score of this project, the walk that computes nothing twice, and that it can refit
+each candidate by least squares before it is scored.
+"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,15 +14,15 @@ from torch import Tensor
 
 from slm_pl.compression.architecture import architecture_of
 from slm_pl.compression.calibration import Layer, LayerReplay
-from slm_pl.compression.plan import Consolidation, JSONValue, MergeLayers, OtherParameters
+from slm_pl.compression.least_squares import NormalEquations, fitted_outputs
+from slm_pl.compression.plan import JSONValue, MergeLayers
 from slm_pl.compression.scores import Similarity
-from slm_pl.compression.surgery import merge
-from slm_pl.compression.windows import Window
+from slm_pl.compression.surgery import MergedLayer, merge
 
-Partition = tuple[Window, ...]
+Partition = tuple[MergeLayers, ...]
 """The layers of the dense model cut into windows, from the bottom up; a layer by itself is a window of one."""
-Costs = Callable[[Partition], Mapping[int, float]]
-"""For a partition, what it costs to merge the windows number i and i + 1; infinite if that ruins the model."""
+Costs = Callable[[Partition], Mapping[tuple[int, MergeLayers], float]]
+"""For a partition, what each merger costs, of the windows i and i + 1 to this; infinite if it ruins the model."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,12 @@ class Found:
     Attributes:
         windows: Those of more than one layer, from the bottom up.
         cost: Of the model with them merged; where the limit ended the search, of the cheapest merger refused.
-        trace: Every candidate: ``phase``, first layer (``layer``) and last (``high``) of the window it would make, its
-            cost (``score``), and whether it was taken (``removed``); with a beam, also ``of``, the number of the
-            partition that it belongs to.
+        trace: Every candidate: ``phase``, first layer (``layer``) and last (``high``) of the window it would make, how
+            (``consolidation``), its cost (``score``), and whether it was taken (``removed``); with a beam, also ``of``,
+            the number of the partition that it belongs to.
     """
 
-    windows: tuple[Window, ...]
+    windows: Partition
     cost: float
     trace: tuple[dict[str, JSONValue], ...]
 
@@ -41,7 +46,7 @@ def search_best_first(costs: Costs, num_layers: int, wanted: int, beam: int = 1,
     """Merges the neighbouring windows whose merger costs least, until so many layers are gone or it costs too much.
 
     With ``beam: b``, the b cheapest partitions of every size are gone on with, not the cheapest alone. Of equal costs
-    the lower windows are taken.
+    the first is taken.
 
     Args:
         costs: Scores the ways to go on.
@@ -53,36 +58,45 @@ def search_best_first(costs: Costs, num_layers: int, wanted: int, beam: int = 1,
     Raises:
         FloatingPointError: If every way to go on ruins the model.
     """
-    kept: list[tuple[float, Partition]] = [(0.0, tuple((layer, layer) for layer in range(num_layers)))]
+    kept: list[Partition] = [tuple(MergeLayers(layer, layer) for layer in range(num_layers))]
+    cost = math.inf
     trace: list[dict[str, JSONValue]] = []
     for phase in range(wanted):
         tried: dict[Partition, float] = {}
         rows: list[tuple[Partition, dict[str, JSONValue]]] = []
-        for number, (_, partition) in enumerate(kept):
-            for place, cost in costs(partition).items():
-                low, high = partition[place][0], partition[place + 1][1]
-                merged = (*partition[:place], (low, high), *partition[place + 2 :])
-                row: dict[str, JSONValue] = {"phase": phase, "layer": low, "high": high}
-                row["score"] = cost if math.isfinite(cost) else None
+        for number, partition in enumerate(kept):
+            for (place, window), found in costs(partition).items():
+                merged = (*partition[:place], window, *partition[place + 2 :])
+                row: dict[str, JSONValue] = {"phase": phase, "layer": window.low, "high": window.high}
+                row |= {"consolidation": window.consolidation, "score": found if math.isfinite(found) else None}
                 rows.append((merged, row | ({"of": number} if beam > 1 else {})))
-                tried.setdefault(merged, cost)
-        cheapest = sorted((cost, partition) for partition, cost in tried.items() if math.isfinite(cost))[:beam]
+                tried.setdefault(merged, found)
+        cheapest = sorted((p for p, found in tried.items() if math.isfinite(found)), key=tried.__getitem__)[:beam]
         if not cheapest:
             raise FloatingPointError(
                 f"Whatever two windows are merged after {phase} layers, hidden states are not finite. float16 "
                 "overflows above 65,504: load the model with --model.dtype bfloat16 or float32."
             )
-        going_on = {partition for cost, partition in cheapest if cost < limit}
+        cost = tried[cheapest[0]]
+        going_on = [partition for partition in cheapest if tried[partition] < limit]
         trace += [row | {"removed": partition in going_on} for partition, row in rows]
         if not going_on:
-            return Found(_merged(kept[0][1]), cheapest[0][0], tuple(trace))
-        kept = [found for found in cheapest if found[1] in going_on]
-    cost, partition = kept[0]
-    return Found(_merged(partition), cost, tuple(trace))
+            break
+        kept = going_on
+    return Found(tuple(window for window in kept[0] if window.low < window.high), cost, tuple(trace))
 
 
-def _merged(partition: Partition) -> tuple[Window, ...]:
-    return tuple(window for window in partition if window[0] < window[1])
+@dataclass(frozen=True)
+class Refit:
+    """How candidates are refitted before they are scored.
+
+    Attributes:
+        replay: Of the text that they are fitted on.
+        ridge: λ, see :mod:`slm_pl.compression.least_squares`.
+    """
+
+    replay: LayerReplay
+    ridge: float
 
 
 class MergerCosts:
@@ -91,58 +105,84 @@ class MergerCosts:
     The states below a merger are those of the partition itself. So the walk carries them along, and only the merged
     layer and what lies above it is run for each candidate: with n windows about n²/2 layers for every sample, half of
     what full passes take. Below the first window of several layers the states are the dense model's, which the replay
-    has.
+    has. A candidate that is refitted costs its one layer on the text that it is fitted on, and a solution.
 
     Args:
         replay: Of the calibration text.
-        consolidation: What becomes of the projections of a window.
-        other_parameters: And of its norms and biases.
+        ways: What may become of a window: each merger is tried in all of them.
         similarity: Of the final hidden states; what it lacks is the cost.
         skip_last: So many layers at the top are not merged.
+        refit: Refit what the MLP of a merged layer writes, toward the dense state behind its window.
         advance: Called after each candidate.
     """
 
     def __init__(
         self,
         replay: LayerReplay,
-        consolidation: Consolidation,
-        other_parameters: OtherParameters,
+        ways: Sequence[MergeLayers],
         similarity: Similarity,
         skip_last: int,
+        refit: Refit | None = None,
         advance: Callable[[str], None] = lambda note: None,
     ) -> None:
-        self._replay = replay
-        self._how = (consolidation, other_parameters, architecture_of(replay.model))
-        self._similarity = similarity
-        self._skip_last = skip_last
-        self._advance = advance
+        self._replay, self._similarity, self._skip_last = replay, similarity, skip_last
+        self._ways, self._refit, self._advance = ways, refit, advance
+        self._architecture = architecture_of(replay.model)
+        self._fitted: dict[MergeLayers, MergedLayer] = {}
 
     @torch.inference_mode()
-    def __call__(self, partition: Partition) -> dict[int, float]:
-        """What each merger costs, by the number of its lower window."""
-        replay = self._replay
-        places = range(len(partition) - 1 - self._skip_last)
-        first = next((place for place, (low, high) in enumerate(partition) if low < high), len(partition))
-        states: list[Tensor] = []
-        costs: dict[int, float] = {}
-        for place in places:
-            low, high = partition[place][0], partition[place + 1][1]
+    def __call__(self, partition: Partition) -> dict[tuple[int, MergeLayers], float]:
+        """What each merger costs, by the number of its lower window and what that becomes."""
+        # Fits of windows that this partition has stand until the walk comes by; what was only tried is forgotten.
+        self._fitted = {window: layer for window, layer in self._fitted.items() if window in partition}
+        tried: dict[MergeLayers, MergedLayer] = {}
+        first = next((place for place, window in enumerate(partition) if window.low < window.high), len(partition))
+        replays = [self._replay] + ([self._refit.replay] if self._refit is not None else [])
+        states: list[list[Tensor]] = []
+        costs: dict[tuple[int, MergeLayers], float] = {}
+        for place in range(len(partition) - 1 - self._skip_last):
+            lower, upper = partition[place : place + 2]
             if place <= first:
-                states = [capture.inputs[low] for capture in replay.captures]
+                states = [[capture.inputs[lower.low] for capture in replay.captures] for replay in replays]
             else:
-                states = replay.run(*self._layer(*partition[place - 1]), states)
-            windows = [(low, high), *partition[place + 2 :]]
-            try:
-                similarity = replay.score((self._layer(*window) for window in windows), states, self._similarity)
-                costs[place] = self._similarity.best - similarity
-            except FloatingPointError:
-                costs[place] = math.inf
-            self._advance(f"layers {low}-{high}: {costs[place]:.4f}")
+                below = partition[place - 1]
+                if self._refit is not None and below.low < below.high:
+                    self._fitted[below] = self._fit(below, states[-1], self._refit)
+                origin, layer = self._layer(below)
+                states = [replay.run(origin, layer, own) for replay, own in zip(replays, states, strict=True)]
+            for way in self._ways:
+                window = MergeLayers(lower.low, upper.high, way.consolidation, way.other_parameters)
+                if self._refit is not None:
+                    tried[window] = self._fit(window, states[-1], self._refit)
+                    self._fitted[window] = tried[window]
+                windows = (window, *partition[place + 2 :])
+                try:
+                    found = self._replay.score((self._layer(w) for w in windows), states[0], self._similarity)
+                    costs[place, window] = self._similarity.best - found
+                except FloatingPointError:
+                    costs[place, window] = math.inf
+                self._advance(f"layers {window.low}-{window.high}: {costs[place, window]:.4f}")
+        self._fitted |= tried
         return costs
 
-    def _layer(self, low: int, high: int) -> tuple[int, Layer]:
+    def _layer(self, window: MergeLayers) -> tuple[int, Layer]:
         """What a window becomes, and the layer with whose arguments it is called."""
-        layers = self._replay.layers
-        if low == high:
-            return low, layers[low]
-        return MergeLayers(low, high, self._how[0]).host, merge(layers[low : high + 1], *self._how)
+        if window.low == window.high:
+            return window.low, self._replay.layers[window.low]
+        return window.host, self._fitted.get(window) or self._merged(window)
+
+    def _merged(self, window: MergeLayers) -> MergedLayer:
+        layers = self._replay.layers[window.low : window.high + 1]
+        return merge(layers, window.consolidation, window.other_parameters, self._architecture)
+
+    def _fit(self, window: MergeLayers, states: Sequence[Tensor], refit: Refit) -> MergedLayer:
+        """The merged layer, refitted on the states that reach it."""
+        layer = self._merged(window)
+        ((_, output),) = fitted_outputs(self._replay.model, window.host, "mlp")
+        equations = NormalEquations(output)
+        for hidden, capture in zip(states, refit.replay.captures, strict=True):
+            target = [*capture.inputs, capture.output][window.high + 1]
+            equations.observe(layer, hidden, capture.arguments[window.host], target)
+        refit.replay.layer_forwards += 1
+        equations.over_ranks()
+        return equations.refitted(layer, refit.ridge)[0]

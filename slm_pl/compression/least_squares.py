@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from slm_pl.compression.architecture import (
+    GROUPS,
     Group,
     Output,
     architecture_of,
@@ -100,6 +101,11 @@ class LeastSquares:
         if not 0 < self.held_out < 1:
             raise UsageError(f"least_squares.held_out is {self.held_out}; it is a share of the samples, in (0, 1).")
 
+    @property
+    def middle_ridge(self) -> float:
+        """The λ for what is fitted without samples held out: that in the middle of those to choose from."""
+        return sorted(self.ridge)[len(self.ridge) // 2]
+
     def to_json(self) -> dict[str, JSONValue]:
         """For the plan."""
         return asdict(self) | {"ridge": list(self.ridge)}
@@ -124,51 +130,94 @@ class NormalEquations:
     """G and C of one fit, in float64: all that is kept of the tokens.
 
     Args:
-        inputs: How many inputs the map has, a constant one for the bias included.
-        hidden: How many outputs.
-        device: Of the sums.
+        output: How the layer that is refitted writes.
     """
 
-    def __init__(self, inputs: int, hidden: int, device: torch.device) -> None:
-        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(inputs, hidden, dtype=torch.float64, device=device)
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._biased = output.map.bias is not None
+        hidden, self._inputs = output.map.weight.shape
+        size, device = self._inputs + int(self._biased), output.map.weight.device
+        self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(size, hidden, dtype=torch.float64, device=device)
+        # What each channel is multiplied by on its way to the hidden state, a norm's division left out: the root mean
+        # square of ones is one.
+        ones = torch.ones(hidden, device=device, dtype=output.map.weight.dtype)
+        self._gain = output.factor * (ones if output.norm is None else output.norm(ones)).float()
 
-    def add(self, inputs: Tensor, missing: Tensor, weights: Tensor) -> None:
-        """Takes tokens in.
+    def observe(
+        self, layer: MergedLayer, hidden: Tensor, arguments: Arguments, target: Tensor, learn: bool = True
+    ) -> Tensor:
+        """Runs the layer, and takes in what its map read and what it lacks.
 
         Args:
-            inputs: Of the map, ``[tokens, inputs]``.
-            missing: What is to be added to the map's output, ``[tokens, hidden]``.
-            weights: Of the squared errors, ``[tokens, 1]``.
+            layer: The layer as it is before the fit.
+            hidden: Its input in the compressed model, ``[batch, tokens, hidden]``.
+            arguments: Its keyword arguments.
+            target: The dense model's hidden state that its result is to be.
+            learn: Only run it, if false.
+
+        Returns:
+            Its result.
         """
-        inputs = inputs.double()
-        weighted = (inputs * weights).T
-        self.gram.addmm_(weighted, inputs)
-        self.cross.addmm_(weighted, missing.double())
+        inputs: list[Tensor] = []
+        written: list[Tensor] = []
+        hooks = [
+            self._output.map.register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
+            self._output.map.register_forward_hook(lambda *call: written.append(call[-1])),
+        ]
+        try:
+            result = first_of(layer(hidden, **arguments))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if learn:
+            seen, wrote = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (inputs[0], written[0]))
+            if self._biased:
+                seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
+            if self._output.norm is not None:
+                seen = seen / wrote.float().square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+            silent = self._gain.abs() <= 1e-6 * self._gain.abs().max()
+            missing = ((target - result) / self._gain).masked_fill(silent, 0)
+            seen = seen.double()
+            weighted = (seen * _weights(target).flatten(0, 1)).T
+            self.gram.addmm_(weighted, seen)
+            self.cross.addmm_(weighted, missing.flatten(0, 1).double())
+        return result
 
     def over_ranks(self) -> None:
         """Adds up what all ranks took in."""
         for total in (self.gram, self.cross):
             _sum_over_ranks(total)
 
-    def solve(self, ridge: float, biased: bool = False) -> Tensor:
-        """The ridge solution Δ, ``[hidden, inputs]``.
+    def solve(self, ridge: float) -> Tensor:
+        """The ridge solution Δ, ``[hidden, inputs]``; of a biased map the last input is the bias, free of the ridge.
 
         Args:
             ridge: λ, relative to the mean of the diagonal of G.
-            biased: Whether the last input is the constant of a bias, which no ridge holds back.
         """
-        held = len(self.gram) - int(biased)
         diagonal = self.gram.diagonal()
         own = diagonal.clone()
-        diagonal[:held] += ridge * own[:held].mean()  # in place: there is room for one factor of G, not for two
+        diagonal[: self._inputs] += ridge * own[: self._inputs].mean()  # in place: it saves a copy of G
         try:
             factor, failed = torch.linalg.cholesky_ex(self.gram)
         finally:
             diagonal.copy_(own)
         if failed:  # no input moves at all
             return torch.zeros_like(self.cross.T)
-        return torch.cholesky_solve(self.cross, factor).T
+        change = torch.cholesky_solve(self.cross, factor).T
+        if distributed():
+            dist.broadcast(change, 0)
+        return change
+
+    def refitted(self, layer: MergedLayer, ridge: float) -> tuple[MergedLayer, dict[str, Tensor]]:
+        """The layer with the solution added to its map, and the new parameters: the weight, then a bias if any."""
+        change = self.solve(ridge)
+        parts = {"weight": change[:, : self._inputs]} | ({"bias": change[:, self._inputs]} if self._biased else {})
+        own = {**dict(layer.host.named_parameters()), **layer.parameters}
+        names = [f"{self._output.path}.{name}" for name in parts]
+        new = {name: (own[name] + part).to(own[name].dtype) for name, part in zip(names, parts.values(), strict=True)}
+        return MergedLayer(layer.host, {**layer.parameters, **new}), new
 
 
 def fit_outputs(
@@ -233,6 +282,13 @@ def count_fits(plan: Plan, settings: LeastSquares) -> int:
     first = next((place for place, span in enumerate(stay) if not span.alone), len(stay))
     fitted = stay[first:] if settings.later_layers else [span for span in stay if not span.alone]
     return len(fitted) * (2 if settings.outputs == "both" else 1)
+
+
+def fitted_outputs(model: "PreTrainedModel", layer: int, outputs: Literal["mlp", "both"]) -> list[tuple[Group, Output]]:
+    """Which maps of a layer are refitted, in order; where its MLP is of experts, that of its attention."""
+    found = [(group, output_of(model, layer, group)) for group in GROUPS]
+    there = [(group, output) for group, output in found if output is not None]
+    return there if outputs == "both" else there[-1:]
 
 
 @dataclass(frozen=True)
@@ -324,13 +380,9 @@ class _Walk:
         else:
             window = self.layers[span.merge.low : span.merge.high + 1]
             layer = merge(window, span.merge.consolidation, span.merge.other_parameters, self.architecture)
-        groups: list[Group] = ["mlp"] if self.settings.outputs == "mlp" else ["attention", "mlp"]
-        found = [group for group in groups if output_of(self.model, span.layer, group) is not None]
-        for group in found or ["attention"]:
-            output = output_of(self.model, span.layer, group)
-            if output is not None:
-                layer, fit = self._fit_one(span, layer, group, output)
-                yield fit
+        for group, output in fitted_outputs(self.model, span.layer, self.settings.outputs):
+            layer, fit = self._fit_one(span, layer, group, output)
+            yield fit
         self._waiting = [(span.layer, layer)]
 
     def _go_to(self, span: Span) -> None:
@@ -351,21 +403,14 @@ class _Walk:
         self._depth, self._waiting, self._apart = span.high + 1, [], True
 
     def _fit_one(self, span: Span, layer: MergedLayer, group: Group, output: Output) -> tuple[MergedLayer, Fit]:
-        biased = output.map.bias is not None
-        hidden, inputs = output.map.weight.shape
-        equations = NormalEquations(inputs + int(biased), hidden, self.device)
-        gain = _gain(output, hidden, self.device)
+        equations = NormalEquations(output)
         squares, tokens = 0.0, 0.0
         for number, chunk in enumerate(self.chunks):
-            seen, result = _observed(layer, output, self._own.read(number), chunk.arguments[span.layer])
-            target = self._dense.read(number)
-            weights, missing = _weights(target), target - result
+            hidden, target = self._own.read(number), self._dense.read(number)
+            result = equations.observe(layer, hidden, chunk.arguments[span.layer], target, learn=not chunk.held_out)
             if chunk.held_out:
-                squares += _squares(missing, weights)
+                squares += _squares(target - result, _weights(target))
                 tokens += target.shape[0] * target.shape[1]
-            else:
-                missing = torch.where(gain.abs() > 1e-6 * gain.abs().max(), missing / gain, 0)
-                equations.add(seen.flatten(0, 1), missing.flatten(0, 1), weights.flatten(0, 1))
         self._runs += self._own_samples
         equations.over_ranks()
         squares, tokens = self._total([squares, tokens])
@@ -375,19 +420,13 @@ class _Walk:
                 "nothing can be fitted. float16 overflows above 65,504: load the model with --model.dtype bfloat16 or "
                 "float32."
             )
-        best, ridge, least, found = layer, None, squares, {}
-        own = {name: parameter for name, parameter in layer.host.named_parameters()} | layer.parameters
+        best, ridge, least = layer, None, squares
+        found: dict[str, Tensor] = {}
         step = RefitOutput(span.layer, group, f"layers.{span.layer}.{group}.weight")
-        if biased:
+        if output.map.bias is not None:
             step = replace(step, bias=f"layers.{span.layer}.{group}.bias")
         for tried in self.settings.ridge:
-            change = equations.solve(tried, biased)
-            if distributed():
-                dist.broadcast(change, 0)
-            names = {"weight": change[:, :inputs]} | ({"bias": change[:, inputs]} if biased else {})
-            new = {f"{output.path}.{name}": own[f"{output.path}.{name}"] + part for name, part in names.items()}
-            new = {name: value.to(own[name].dtype) for name, value in new.items()}
-            candidate = MergedLayer(layer.host, {**layer.parameters, **new})
+            candidate, new = equations.refitted(layer, tried)
             error = self._error(span, candidate)
             if error < least:
                 best, ridge, least = candidate, tried, error
@@ -421,37 +460,6 @@ def _portions(samples: Sequence[Tensor], period: int) -> Iterator[tuple[Tensor, 
         size = max(1, CHUNK // max(map(len, own), default=1))
         for ids in batched(own, size):
             yield ids, held_out
-
-
-def _observed(layer: MergedLayer, output: Output, hidden: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """Runs a layer; what its map reads, divided by what the norm behind it divides by, and the layer's result.
-
-    The constant one of a bias is the last input.
-    """
-    inputs: list[Tensor] = []
-    written: list[Tensor] = []
-    hooks = [
-        output.map.register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
-        output.map.register_forward_hook(lambda *call: written.append(call[-1])),
-    ]
-    try:
-        result = first_of(layer(hidden, **arguments))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    seen, wrote = (tensor.view(*hidden.shape[:2], -1) for tensor in (inputs[0], written[0]))
-    if output.map.bias is not None:
-        seen = torch.cat([seen, torch.ones_like(seen[..., :1])], dim=-1)
-    if output.norm is not None:
-        seen = seen / wrote.float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-    return seen, result
-
-
-def _gain(output: Output, hidden: int, device: torch.device) -> Tensor:
-    """What each channel of the map is multiplied by on its way to the hidden state, a norm's division left out."""
-    ones = torch.ones(hidden, device=device, dtype=output.map.weight.dtype)
-    # The root mean square of ones is one.
-    return output.factor * (ones if output.norm is None else output.norm(ones)).float()
 
 
 def _weights(target: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import callbacks
 from callbacks import CompressionCallback
 from slm_pl.compression import surgery
 from slm_pl.compression.architecture import ARCHITECTURES
-from slm_pl.compression.plan import KeepChannels, KeepHidden, Plan, count_parameters
+from slm_pl.compression.plan import KeepChannels, KeepHidden, Plan, RefitOutput, count_parameters
 from slm_pl.data import CalibrationText
 from slm_pl.data.corpora import CalibrationSet
 from slm_pl.errors import UsageError
@@ -35,24 +35,29 @@ DEPTH = {
     "BlockInfluence": [
         {"remove_layers": 2, "distance": "cosine"},
         {"remove_layers": 2, "distance": "angular"},
+        {"remove_layers": 2, "distance": "angular", "consolidation": "least_squares"},
     ],
     "LayerRemoval": [
         {"layers": [4, 1]},
+        {"layers": [4, 1], "consolidation": "least_squares"},
         {"order": "reverse", "remove_layers": 2},
         {"order": "random", "remove_layers": 2},
     ],
-    "SLEB": [{"remove_layers": 2}],
+    "SLEB": [{"remove_layers": 2}, {"remove_layers": 2, "consolidation": "least_squares"}],
     "ShortenedLLaMA": [
         {"remove_layers": 2, "criterion": "perplexity", "protect_first": 1, "protect_last": 1},
         {"remove_layers": 2, "criterion": "taylor", "protect_first": 1, "protect_last": 1},
         {"remove_layers": 2, "criterion": "taylor", "protect_first": 0, "one_shot": False, "per_sample": True},
         {"remove_layers": 2, "criterion": "magnitude", "protect_first": 1, "norm_power": 2},
+        {"remove_layers": 2, "criterion": "magnitude", "protect_first": 0, "consolidation": "least_squares"},
     ],
     "SlidingWindowMerging": [
         {"remove_layers": 2, "consolidation": "keep_top", "other_parameters": "top"},
         {"remove_layers": 2, "consolidation": "keep_bottom", "other_parameters": "bottom"},
         {"remove_layers": 2, "consolidation": "sum", "other_parameters": "mean", "similarity": "cka"},
         {"remove_layers": 2, "consolidation": "mean", "other_parameters": "mean"},
+        {"remove_layers": 2, "consolidation": "least_squares"},
+        {"remove_layers": 2, "consolidation": "least_squares", "search": "best_first", "similarity": "kl"},
     ],
 }
 # The same for narrower models. A pico model has two KV groups in a layer, so half of them is the least that can go.
@@ -115,6 +120,8 @@ EVERY_HEAD = ("bloom", "gpt_neox", "opt")  # no grouped queries: a unit is a hea
 WHOLE_HEADS = ("gemma2", "gemma3_text", "llama")  # their configs want a hidden size of a multiple of the heads
 IDS = torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(1))
 CALIBRATION = CalibrationSet.from_ids(IDS.tolist(), CalibrationText(source="ids", samples=2, sequence_length=16))
+FITTED = torch.randint(3, 512, (16, 24), generator=torch.Generator().manual_seed(2))
+FITTING = CalibrationSet.from_ids(FITTED.tolist(), CalibrationText(source="ids", samples=16, sequence_length=24))
 HIDDEN, HEAD, CHANNELS = 32, 8, 48  # of tests/helpers/pico.py
 
 
@@ -143,7 +150,7 @@ def planned(method, arguments, model_type) -> tuple[Plan | UsageError, list[str]
         with warnings.catch_warnings(record=True) as seen, torch.no_grad():
             warnings.simplefilter("always")
             try:
-                found = make(method, arguments, model_type).plan(dense(model_type), CALIBRATION)
+                found = make(method, arguments, model_type).decide(dense(model_type), CALIBRATION, FITTING)
             except UsageError as error:
                 found = error
         PLANS[key] = found, [str(warning.message) for warning in seen]
@@ -244,7 +251,7 @@ def test_a_plan_is_a_decision_and_nothing_else(method, arguments, model_type, tm
         return
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        again = callback.plan(model, CALIBRATION)
+        again = callback.decide(model, CALIBRATION, FITTING)
     assert again.to_json() == plan.to_json()
     assert Plan.from_dict(json.loads(plan.to_json()), "the plan") == plan
     plan.save(tmp_path / "plan.json")
@@ -270,6 +277,11 @@ def test_a_model_of_fewer_layers_loads_anywhere(method, arguments, model_type, t
     assert plan.outcome["removed_layers"] == 2
     model = pico_model(model_type)
     surgery.apply(model, plan)
+    fits = plan.outcome.get("least_squares", {}).get("fits", [])
+    assert bool(fits) == (arguments.get("consolidation") == "least_squares")
+    assert all((fit["error_after"] < fit["error_before"]) == (fit["ridge"] is not None) for fit in fits)
+    refitted = [(step.layer, step.group) for step in plan.steps if isinstance(step, RefitOutput)]
+    assert refitted == [(fit["layer"], fit["group"]) for fit in fits if fit["ridge"] is not None]
     assert model.config.num_hidden_layers == 4
     with torch.inference_mode():
         logits = model(input_ids=IDS).logits

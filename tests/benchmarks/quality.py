@@ -1,0 +1,230 @@
+"""What is left of SmolLM2-135M after every method, at equal size: ``python -m tests.benchmarks.quality --data DIR``.
+
+Each method makes the model 3, 6 and 9 of its 30 layers smaller; methods that make layers narrower remove the same share
+of the parameters. Nothing is trained. One row is
+
+* *perplexity* on the first 4,096 tokens of WikiText-2 (``--wikitext``: token ids; else the raw test set of ``DIR``) and
+  of C4 documents that nothing was calibrated on, in windows of 128;
+* *KL* from the dense model's distribution of the next token, in nats, on the first 2,048 of these C4 tokens;
+* *zero-shot*, the mean accuracy over the seven tasks, ``--limit`` questions each;
+* *search*: seconds of deciding everything, search and fits, and the peak of the process' memory above what it had with
+  the weights read; loading and measuring are in neither.
+
+``DIR`` holds ``c4/train.jsonl``, ``gutenberg/gutenberg_paragraphs.jsonl`` and ``lm_eval/<task>/<split>.jsonl``. Of the
+C4 documents the first 200 are for calibration, the rest for evaluation. All methods calibrate on the same 16 x 128
+tokens; least squares fits on some 30k others. Rows that ``--output`` holds are not made again, so that the command may
+be interrupted.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.table import Table
+
+from callbacks import (
+    FLAP,
+    SLEB,
+    BlockInfluence,
+    CompressionCallback,
+    LayerRemoval,
+    LLMPruner,
+    ShortenedLLaMA,
+    SlidingWindowMerging,
+    WandaStructured,
+)
+from slm_pl import files
+from slm_pl.compression import surgery
+from slm_pl.compression.least_squares import LeastSquares
+from slm_pl.compression.plan import count_parameters
+from slm_pl.compression.target import layers_share
+from slm_pl.data import CalibrationSet, CalibrationText, EvaluationText, load_calibration, load_evaluation
+from slm_pl.data.corpora import joined
+from slm_pl.evaluation import SEVEN_TASKS
+from slm_pl.evaluation.drift import Reference, drift, reference_states
+from slm_pl.evaluation.efficiency.memory import PeakMeter
+from slm_pl.evaluation.perplexity import perplexity
+from slm_pl.evaluation.windows import Windows
+from slm_pl.evaluation.zero_shot import zero_shot
+from slm_pl.loading import load_model, load_tokenizer, resolve
+from tests.benchmarks.search import MB, MODEL, console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SIZES = (3, 6, 9)
+CALIBRATION_DOCUMENTS = 200
+Make = Callable[[int, float], CompressionCallback]
+"""From the number of layers, and the share of the parameters that is in them."""
+
+
+def _refit(**options: object) -> dict[str, object]:
+    return {"consolidation": "least_squares", "least_squares": LeastSquares(**options)}
+
+
+METHODS: dict[str, Make] = {
+    "SLM as published": lambda n, _: SlidingWindowMerging(remove_layers=n, other_parameters="bottom"),
+    "SLM": lambda n, _: SlidingWindowMerging(remove_layers=n),
+    "angular distance": lambda n, _: BlockInfluence("angular", remove_layers=n),
+    "block influence": lambda n, _: BlockInfluence(remove_layers=n),
+    "magnitude": lambda n, _: ShortenedLLaMA("magnitude", remove_layers=n),
+    "Taylor": lambda n, _: ShortenedLLaMA("taylor", remove_layers=n),
+    "perplexity": lambda n, _: ShortenedLLaMA(remove_layers=n),
+    "SLEB": lambda n, _: SLEB(n),
+    "LLM-Pruner": lambda n, share: LLMPruner(share),
+    "Wanda-sp": lambda n, share: WandaStructured(share),
+    "FLAP": lambda n, share: FLAP(share),
+    "SLM best-first": lambda n, _: SlidingWindowMerging(remove_layers=n, search="best_first", similarity="kl"),
+    "deepest layers + least squares": lambda n, _: LayerRemoval(order="reverse", remove_layers=n, **_refit()),
+    "perplexity + least squares": lambda n, _: ShortenedLLaMA(remove_layers=n, **_refit()),
+    "SLEB + least squares": lambda n, _: SLEB(n, **_refit()),
+    "SLM best-first + least squares": lambda n, _: SlidingWindowMerging(
+        remove_layers=n, search="best_first", similarity="kl", **_refit()
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is calibrated, fitted and measured on."""
+
+    calibration: CalibrationSet
+    fitting: CalibrationSet
+    wikitext: Windows
+    c4: Windows
+    compared: Windows
+
+
+def read_texts(data: Path, wikitext: str | None, work: Path) -> Texts:
+    """Cuts the C4 documents into two files first, so that none is in both."""
+    tokenizer = load_tokenizer(resolve(MODEL))
+    lines = (data / "c4" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    parts = {"calibration": lines[:CALIBRATION_DOCUMENTS], "evaluation": lines[CALIBRATION_DOCUMENTS:]}
+    paths = {name: work / f"c4_{name}.jsonl" for name in parts}
+    for name, part in parts.items():
+        files.write_text(paths[name], "".join(part))
+    books = str(data / "gutenberg" / "gutenberg_paragraphs.jsonl")
+    fitted = [
+        CalibrationText(str(paths["calibration"]), samples=150),
+        CalibrationText(books, samples=140, sampling="stream"),
+    ]
+    source = wikitext or str(data / "wikitext2" / "test.txt")
+    c4 = EvaluationText(str(paths["evaluation"]), max_tokens=4096)
+    return Texts(
+        load_calibration(CalibrationText(str(paths["calibration"]), samples=16, batch_size=8), tokenizer),
+        joined([load_calibration(text, tokenizer) for text in fitted]),
+        load_evaluation(EvaluationText(source, max_tokens=4096), tokenizer),
+        load_evaluation(c4, tokenizer),
+        load_evaluation(EvaluationText(str(paths["evaluation"]), max_tokens=2048), tokenizer),
+    )
+
+
+def measure(model: "PreTrainedModel", texts: Texts, reference: Reference, data: Path, limit: int) -> dict[str, float]:
+    """All but the search."""
+    quiet = {"show_progress": False}
+    row = {
+        "wikitext": perplexity(model, texts.wikitext, "wikitext2", **quiet).value,
+        "c4": perplexity(model, texts.c4, "c4", **quiet).value,
+        "kl": drift(model, texts.compared, reference, "c4", **quiet).kl,
+    }
+    if limit:
+        found = zero_shot(model, load_tokenizer(resolve(MODEL)), SEVEN_TASKS, str(data / "lm_eval"), limit)
+        row |= {"zero_shot": found.mean, "zero_shot_stderr": found.mean_stderr}
+    return row
+
+
+def cell(method: str, layers: int, texts: Texts, reference: Reference, data: Path, limit: int) -> dict[str, float]:
+    """Compresses a model of its own, and measures it."""
+    model = load_model(resolve(MODEL), dtype="float32")
+    total = count_parameters(model)
+    for parameter in model.parameters():
+        float(parameter.sum())  # read from the file, else the search would seem to take their memory
+    callback = METHODS[method](layers, layers_share(model, layers))
+    meter = PeakMeter(torch.device("cpu"))
+    meter.clear()
+    meter.reset()
+    before, _ = meter.read()
+    start = time.perf_counter()
+    with torch.no_grad():
+        plan = callback.decide(model, texts.calibration, texts.fitting)
+    seconds = time.perf_counter() - start
+    after, _ = meter.read()
+    surgery.apply(model, plan)
+    peak = {} if before is None or after is None else {"peak_bytes": after.bytes - before.bytes}
+    return {
+        "parameters": count_parameters(model) / total,
+        "seconds": seconds,
+        **peak,
+        **measure(model, texts, reference, data, limit),
+    }
+
+
+def table(rows: dict[str, dict[str, float]], dense: dict[str, float]) -> Table:
+    """One row for each method and size; the best of each size is bold."""
+    shown = Table(title="SmolLM2-135M in float32, nothing trained")
+    for name in ("layers less", "method", "parameters", "WikiText-2", "C4", "KL", "zero-shot", "search", "peak"):
+        shown.add_column(name, justify="left" if name == "method" else "right")
+    shown.add_row("–", "dense", "100 %", *_figures(dense, []), "–", "–")
+    for size in SIZES:
+        own = {method: rows[f"{method} {size}"] for method in METHODS if f"{method} {size}" in rows}
+        shown.add_section()
+        for method, row in sorted(own.items(), key=lambda item: item[1]["wikitext"]):
+            peak = f"{row['peak_bytes'] / MB:,.0f} MB" if "peak_bytes" in row else "–"
+            figures = _figures(row, list(own.values()))
+            shown.add_row(str(size), method, f"{row['parameters']:.1%}", *figures, f"{row['seconds']:.0f} s", peak)
+    return shown
+
+
+def _figures(row: dict[str, float], others: Sequence[dict[str, float]]) -> list[str]:
+    cells = []
+    for name, best in (("wikitext", min), ("c4", min), ("kl", min), ("zero_shot", max)):
+        if name not in row:
+            cells.append("–")
+            continue
+        value = row[name]
+        text = f"{value:.1%}" if name == "zero_shot" else f"{value:.3f}" if name == "kl" else f"{value:,.1f}"
+        first = bool(others) and value == best(other[name] for other in others if name in other)
+        cells.append(f"[bold]{text}[/bold]" if first else text)
+    return cells
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the rows that are missing and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the directory with the texts and the tasks")
+    parser.add_argument("--wikitext", help="token ids of WikiText-2, .json; else the raw test set of --data")
+    parser.add_argument("--limit", type=int, default=25, help="questions of each task; 0 asks none")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--layers", nargs="*", type=int, choices=SIZES, default=list(SIZES))
+    parser.add_argument("--output", type=Path, default=Path("runs/quality"))
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    texts = read_texts(options.data, options.wikitext, options.output)
+    model = load_model(resolve(MODEL), dtype="float32")
+    reference = reference_states(model, texts.compared, "dense", show_progress=False)
+    done = options.output / "rows.json"
+    rows: dict[str, dict[str, float]] = json.loads(done.read_text()) if done.is_file() else {}
+    if "dense" not in rows:
+        rows["dense"] = measure(model, texts, reference, options.data, options.limit)
+        files.write_text(done, json.dumps(rows, indent=1))
+    del model
+    for size, method in itertools.product(options.layers, options.methods):
+        name = f"{method} {size}"
+        if name not in rows:
+            rows[name] = cell(method, size, texts, reference, options.data, options.limit)
+            files.write_text(done, json.dumps(rows, indent=1))
+            row = rows[name]
+            console.print(f"{name}: {row['wikitext']:.1f} on WikiText-2, {row['c4']:.1f} on C4, {row['seconds']:.0f} s")
+    console.print(table(rows, rows["dense"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
