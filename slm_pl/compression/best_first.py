@@ -6,23 +6,41 @@ each candidate by least squares before it is scored.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from slm_pl.compression.architecture import architecture_of
-from slm_pl.compression.calibration import Layer, LayerReplay
+from slm_pl.compression.calibration import Layer, LayerReplay, mean_over_ranks
 from slm_pl.compression.least_squares import NormalEquations, fitted_outputs
 from slm_pl.compression.plan import JSONValue, MergeLayers
 from slm_pl.compression.scores import Similarity
 from slm_pl.compression.surgery import MergedLayer, merge
 
+PORTION = 4
+"""How many candidates a lazy search scores in one walk."""
 Partition = tuple[MergeLayers, ...]
 """The layers of the dense model cut into windows, from the bottom up; a layer by itself is a window of one."""
-Costs = Callable[[Partition], Mapping[tuple[int, MergeLayers], float]]
-"""For a partition, what each merger costs, of the windows i and i + 1 to this; infinite if it ruins the model."""
+Merger = tuple[int, MergeLayers]
+"""Of a partition: the number of the lower of two neighbouring windows, and what the two become."""
+
+
+class Costs(Protocol):
+    """What a search asks."""
+
+    @property
+    def dense(self) -> float:
+        """What the dense model costs."""
+
+    def mergers(self, partition: Partition) -> list[Merger]:
+        """All ways to go on."""
+
+    def __call__(self, partition: Partition, mergers: Collection[Merger]) -> dict[Merger, float]:
+        """What these cost; infinite if one ruins the model."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +50,9 @@ class Found:
     Attributes:
         windows: Those of more than one layer, from the bottom up.
         cost: Of the model with them merged; where the limit ended the search, of the cheapest merger refused.
-        trace: Every candidate: ``phase``, first layer (``layer``) and last (``high``) of the window it would make, how
-            (``consolidation``), its cost (``score``), and whether it was taken (``removed``); with a beam, also ``of``,
-            the number of the partition that it belongs to.
+        trace: Every candidate that was scored: ``phase``, first layer (``layer``) and last (``high``) of the window it
+            would make, how (``consolidation``), its cost (``score``), and whether it was taken (``removed``); with a
+            beam, also ``of``, the number of the partition that it belongs to.
     """
 
     windows: Partition
@@ -42,30 +60,34 @@ class Found:
     trace: tuple[dict[str, JSONValue], ...]
 
 
-def search_best_first(costs: Costs, num_layers: int, wanted: int, beam: int = 1, limit: float = math.inf) -> Found:
+def search_best_first(
+    costs: Costs, num_layers: int, wanted: int, beam: int = 1, limit: float = math.inf, lazy: bool = False
+) -> Found:
     """Merges the neighbouring windows whose merger costs least, until so many layers are gone or it costs too much.
 
-    With ``beam: b``, the b cheapest partitions of every size are gone on with, not the cheapest alone. Of equal costs
-    the first is taken.
+    Of equal costs the first is taken.
 
     Args:
         costs: Scores the ways to go on.
         num_layers: Decoder layers of the dense model.
         wanted: How many are to go.
-        beam: How many partitions to go on with.
+        beam: How many of the cheapest partitions of every size to go on with.
         limit: A merger is taken if it costs less.
+        lazy: Score again only what :func:`_lazily` does.
 
     Raises:
         FloatingPointError: If every way to go on ruins the model.
     """
     kept: list[Partition] = [tuple(MergeLayers(layer, layer) for layer in range(num_layers))]
-    cost = math.inf
+    cost = costs.dense
+    added: dict[MergeLayers, float] = {}
     trace: list[dict[str, JSONValue]] = []
     for phase in range(wanted):
         tried: dict[Partition, float] = {}
         rows: list[tuple[Partition, dict[str, JSONValue]]] = []
         for number, partition in enumerate(kept):
-            for (place, window), found in costs(partition).items():
+            scored = _lazily(costs, partition, cost, added) if lazy else costs(partition, costs.mergers(partition))
+            for (place, window), found in scored.items():
                 merged = (*partition[:place], window, *partition[place + 2 :])
                 row: dict[str, JSONValue] = {"phase": phase, "layer": window.low, "high": window.high}
                 row |= {"consolidation": window.consolidation, "score": found if math.isfinite(found) else None}
@@ -84,6 +106,32 @@ def search_best_first(costs: Costs, num_layers: int, wanted: int, beam: int = 1,
             break
         kept = going_on
     return Found(tuple(window for window in kept[0] if window.low < window.high), cost, tuple(trace))
+
+
+def _lazily(costs: Costs, partition: Partition, cost: float, added: dict[MergeLayers, float]) -> dict[Merger, float]:
+    """Scores mergers in the order of what they added when they were last scored, as long as one may be the cheapest.
+
+    What a merger adds to the cost rarely falls when others are made before it. If it never did, the cheapest would be
+    found for certain (lazy greedy: Minoux 1978, https://doi.org/10.1007/BFb0006528).
+
+    Args:
+        costs: Scores the ways to go on.
+        partition: Where they go on from.
+        cost: Of the partition.
+        added: By window, what it added to the cost of the partition that it was last scored with; is kept up to date.
+    """
+    scored: dict[Merger, float] = {}
+    waiting = sorted(costs.mergers(partition), key=lambda merger: added.get(merger[1], -math.inf))
+    while waiting:
+        expected = cost + added.get(waiting[0][1], -math.inf)
+        if scored and min(scored.values()) <= expected:
+            break
+        new = sum(merger[1] not in added for merger in waiting)
+        portion, waiting = waiting[: max(new, PORTION)], waiting[max(new, PORTION) :]
+        found = costs(partition, portion)
+        scored |= found
+        added |= {window: value - cost for (_, window), value in found.items()}
+    return scored
 
 
 @dataclass(frozen=True)
@@ -128,41 +176,64 @@ class MergerCosts:
         self._replay, self._similarity, self._skip_last = replay, similarity, skip_last
         self._ways, self._refit, self._advance = ways, refit, advance
         self._architecture = architecture_of(replay.model)
-        self._fitted: dict[MergeLayers, MergedLayer] = {}
+        self._fitted: dict[MergeLayers, MergedLayer] = {}  # windows of the partition, and one that is scored
+        self._partition: Partition = ()
+        self._cheapest: tuple[float, MergeLayers, MergedLayer] | None = None  # of its mergers
+
+    @property
+    def dense(self) -> float:
+        """That of the dense model: what the similarity of a model with itself lacks."""
+        finals = [(capture.final, capture.ids) for capture in self._replay.captures]
+        rows = [row for final, ids in finals for row in self._similarity.statistics(final, final, ids).tolist()]
+        return self._similarity.best - self._similarity.combine(mean_over_ranks(rows))
+
+    def mergers(self, partition: Partition) -> list[Merger]:
+        """All of neighbouring windows, in all ways."""
+        return [
+            (place, MergeLayers(lower.low, upper.high, way.consolidation, way.other_parameters))
+            for place, (lower, upper) in enumerate(pairwise(partition[: len(partition) - self._skip_last]))
+            for way in self._ways
+        ]
 
     @torch.inference_mode()
-    def __call__(self, partition: Partition) -> dict[tuple[int, MergeLayers], float]:
-        """What each merger costs, by the number of its lower window and what that becomes."""
-        # Fits of windows that this partition has stand until the walk comes by; what was only tried is forgotten.
-        self._fitted = {window: layer for window, layer in self._fitted.items() if window in partition}
-        tried: dict[MergeLayers, MergedLayer] = {}
+    def __call__(self, partition: Partition, mergers: Collection[Merger]) -> dict[Merger, float]:
+        """Scores these mergers of a partition."""
+        if partition != self._partition:
+            # A fit stands until a walk comes by its window. Of the mergers, only the one that was made is remembered.
+            if self._cheapest is not None:
+                self._fitted[self._cheapest[1]] = self._cheapest[2]
+            self._fitted = {window: layer for window, layer in self._fitted.items() if window in partition}
+            self._partition, self._cheapest = partition, None
         first = next((place for place, window in enumerate(partition) if window.low < window.high), len(partition))
         replays = [self._replay] + ([self._refit.replay] if self._refit is not None else [])
         states: list[list[Tensor]] = []
-        costs: dict[tuple[int, MergeLayers], float] = {}
-        for place in range(len(partition) - 1 - self._skip_last):
-            lower, upper = partition[place : place + 2]
+        costs: dict[Merger, float] = {}
+        for place in range(max(place for place, _ in mergers) + 1):
             if place <= first:
-                states = [[capture.inputs[lower.low] for capture in replay.captures] for replay in replays]
+                low = partition[place].low
+                states = [[capture.inputs[low] for capture in replay.captures] for replay in replays]
             else:
                 below = partition[place - 1]
                 if self._refit is not None and below.low < below.high:
                     self._fitted[below] = self._fit(below, states[-1], self._refit)
                 origin, layer = self._layer(below)
                 states = [replay.run(origin, layer, own) for replay, own in zip(replays, states, strict=True)]
-            for way in self._ways:
-                window = MergeLayers(lower.low, upper.high, way.consolidation, way.other_parameters)
+            for merger in mergers:
+                if merger[0] != place:
+                    continue
+                window = merger[1]
                 if self._refit is not None:
-                    tried[window] = self._fit(window, states[-1], self._refit)
-                    self._fitted[window] = tried[window]
+                    self._fitted[window] = self._fit(window, states[-1], self._refit)
                 windows = (window, *partition[place + 2 :])
                 try:
                     found = self._replay.score((self._layer(w) for w in windows), states[0], self._similarity)
-                    costs[place, window] = self._similarity.best - found
+                    costs[merger] = self._similarity.best - found
                 except FloatingPointError:
-                    costs[place, window] = math.inf
-                self._advance(f"layers {window.low}-{window.high}: {costs[place, window]:.4f}")
-        self._fitted |= tried
+                    costs[merger] = math.inf
+                refitted = self._fitted.pop(window, None)
+                if refitted is not None and (self._cheapest is None or costs[merger] < self._cheapest[0]):
+                    self._cheapest = costs[merger], window, refitted
+                self._advance(f"layers {window.low}-{window.high}: {costs[merger]:.4f}")
         return costs
 
     def _layer(self, window: MergeLayers) -> tuple[int, Layer]:

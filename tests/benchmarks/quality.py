@@ -11,8 +11,8 @@ of the parameters. Nothing is trained. One row is
   the weights read; loading and measuring are in neither.
 
 ``DIR`` holds ``c4/train.jsonl``, ``gutenberg/gutenberg_paragraphs.jsonl`` and ``lm_eval/<task>/<split>.jsonl``. Of the
-C4 documents the first 200 are for calibration, the rest for evaluation. All methods calibrate on the same 16 x 128
-tokens; least squares fits on some 30k others. Rows that ``--output`` holds are not made again, so that the command may
+C4 documents the first 200 are for calibration, the rest for evaluation. All methods calibrate on the same 10 x 128
+tokens; the search that refits its candidates scores on as many, and fits on 30 x 128; least squares fits on some 30k. Rows that ``--output`` holds are not made again, so that the command may
 be interrupted.
 """
 
@@ -81,12 +81,17 @@ METHODS: dict[str, Make] = {
     "LLM-Pruner": lambda n, share: LLMPruner(share),
     "Wanda-sp": lambda n, share: WandaStructured(share),
     "FLAP": lambda n, share: FLAP(share),
-    "SLM best-first": lambda n, _: SlidingWindowMerging(remove_layers=n, search="best_first", similarity="kl"),
+    "SLM best-first": lambda n, _: SlidingWindowMerging(
+        remove_layers=n, search="best_first", similarity="token_cosine"
+    ),
     "deepest layers + least squares": lambda n, _: LayerRemoval(order="reverse", remove_layers=n, **_refit()),
     "perplexity + least squares": lambda n, _: ShortenedLLaMA(remove_layers=n, **_refit()),
     "SLEB + least squares": lambda n, _: SLEB(n, **_refit()),
     "SLM best-first + least squares": lambda n, _: SlidingWindowMerging(
-        remove_layers=n, search="best_first", similarity="kl", **_refit()
+        remove_layers=n, search="best_first", similarity="token_cosine", **_refit()
+    ),
+    "SLM best-first, refitted + least squares": lambda n, _: SlidingWindowMerging(
+        remove_layers=n, search="best_first", similarity="kl", refit_candidates=True, lazy=True, **_refit()
     ),
 }
 
@@ -96,6 +101,7 @@ class Texts:
     """What is calibrated, fitted and measured on."""
 
     calibration: CalibrationSet
+    more_calibration: CalibrationSet
     fitting: CalibrationSet
     wikitext: Windows
     c4: Windows
@@ -118,7 +124,10 @@ def read_texts(data: Path, wikitext: str | None, work: Path) -> Texts:
     source = wikitext or str(data / "wikitext2" / "test.txt")
     c4 = EvaluationText(str(paths["evaluation"]), max_tokens=4096)
     return Texts(
-        load_calibration(CalibrationText(str(paths["calibration"]), samples=16, batch_size=8), tokenizer),
+        *(
+            load_calibration(CalibrationText(str(paths["calibration"]), samples=samples, batch_size=10), tokenizer)
+            for samples in (10, 40)
+        ),
         joined([load_calibration(text, tokenizer) for text in fitted]),
         load_evaluation(EvaluationText(source, max_tokens=4096), tokenizer),
         load_evaluation(c4, tokenizer),
@@ -145,7 +154,7 @@ def cell(method: str, layers: int, texts: Texts, reference: Reference, data: Pat
     model = load_model(resolve(MODEL), dtype="float32")
     total = count_parameters(model)
     for parameter in model.parameters():
-        float(parameter.sum())  # read from the file, else the search would seem to take their memory
+        float(parameter.detach().sum())  # read from the file, else the search would seem to take their memory
     callback = METHODS[method](layers, layers_share(model, layers))
     meter = PeakMeter(torch.device("cpu"))
     meter.clear()
@@ -153,7 +162,8 @@ def cell(method: str, layers: int, texts: Texts, reference: Reference, data: Pat
     before, _ = meter.read()
     start = time.perf_counter()
     with torch.no_grad():
-        plan = callback.decide(model, texts.calibration, texts.fitting)
+        more = getattr(callback, "refit_candidates", False)
+        plan = callback.decide(model, texts.more_calibration if more else texts.calibration, texts.fitting)
     seconds = time.perf_counter() - start
     after, _ = meter.read()
     surgery.apply(model, plan)

@@ -1,5 +1,6 @@
 """The search that looks everywhere, against models that are merged and run by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -70,7 +71,9 @@ def test_costs_are_those_of_the_model_merged_by_hand(name, how, partition):
     model = pico_model(num_hidden_layers=LAYERS)
     replay = LayerReplay(model, IDS.split(3))
     score = SCORES[name](model) if name in ("kl", "loss") else SCORES[name]()
-    costs = MergerCosts(replay, [MergeLayers(0, 0, *how)], score, skip_last=0)(in_windows(partition, *how))
+    asked = MergerCosts(replay, [MergeLayers(0, 0, *how)], score, skip_last=0)
+    windows = in_windows(partition, *how)
+    costs = asked(windows, asked.mergers(windows))
     assert [place for place, _ in costs] == list(range(len(partition) - 1))
     for (place, window), cost in costs.items():
         assert window == MergeLayers(partition[place][0], partition[place + 1][1], *how)
@@ -124,15 +127,21 @@ def joined(partition, place: int) -> tuple[MergeLayers, ...]:
     return (*partition[:place], window, *partition[place + 2 :])
 
 
-def of_places(price):
-    """Costs by the number of the lower window."""
+class Priced:
+    """Costs by the partition and the number of the lower window."""
 
-    def costs(partition):
-        found = {place: price(partition, place) for place in range(len(partition) - 1)}
-        windows = {place: MergeLayers(partition[place].low, partition[place + 1].high) for place in found}
-        return {(place, windows[place]): cost for place, cost in found.items() if cost is not None}
+    def __init__(self, price, dense=0.0):
+        self.price, self.dense, self.asked = price, dense, 0
 
-    return costs
+    def mergers(self, partition):
+        return [
+            (place, MergeLayers(lower.low, upper.high))
+            for place, (lower, upper) in enumerate(itertools.pairwise(partition))
+        ]
+
+    def __call__(self, partition, mergers):
+        self.asked += len(mergers)
+        return {merger: self.price(partition, merger[0]) for merger in mergers}
 
 
 def shown(windows) -> tuple[tuple[int, int], ...]:
@@ -142,7 +151,7 @@ def shown(windows) -> tuple[tuple[int, int], ...]:
 def test_a_beam_finds_what_greed_passes_by():
     # Alone, 0-1 is cheapest; but what is cheap together begins with 2-3.
     prices = {((0, 1),): 1.0, ((2, 3),): 2.0, ((2, 4),): 2.5, ((0, 1), (2, 3)): 9.0}
-    costs = of_places(lambda partition, place: prices.get(shown(joined(partition, place)), 10.0 + place))
+    costs = Priced(lambda partition, place: prices.get(shown(joined(partition, place)), 10.0 + place))
     assert shown(search_best_first(costs, 5, 2).windows) == ((0, 1), (2, 3))
     found = search_best_first(costs, 5, 2, beam=2)
     assert shown(found.windows) == ((2, 4),)
@@ -151,11 +160,26 @@ def test_a_beam_finds_what_greed_passes_by():
     assert sum(row["removed"] for row in found.trace if row["phase"] == 0) == 2
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_lazy_search_is_the_search_where_nothing_gets_cheaper_and_asks_less(seed):
+    draws = torch.rand(30, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def price(partition, place):
+        # What a layer adds grows with the layers that are gone and with those gone in its own window.
+        gone = [sum(draws[w.low + 1 : w.high + 1]) * (w.high - w.low) for w in joined(partition, place)]
+        return sum(gone) * (1 + sum(w.high > w.low for w in joined(partition, place)) / 10)
+
+    whole, lazy = Priced(price), Priced(price)
+    found = search_best_first(whole, 30, 9)
+    assert search_best_first(lazy, 30, 9, lazy=True).windows == found.windows
+    assert lazy.asked < whole.asked / 2
+
+
 def test_a_limit_ends_the_search():
-    costs = of_places(lambda partition, place: 1.0 if place else len(partition) / 10)
+    costs = Priced(lambda partition, place: 1.0 if place else len(partition) / 10)
     found = search_best_first(costs, 5, 4, limit=0.45)
     assert (found.windows, found.cost) == ((), 0.5)
-    costs = of_places(lambda partition, place: 1.0 if place else 1 - len(partition) / 10)
+    costs = Priced(lambda partition, place: 1.0 if place else 1 - len(partition) / 10)
     found = search_best_first(costs, 5, 3, limit=0.65)
     assert (shown(found.windows), found.cost) == (((0, 2),), 0.7)
     threshold = 1 - cost_by_hand("cosine", greedy_partition(2)) + 1e-6
@@ -175,7 +199,7 @@ def greedy_partition(wanted: int) -> list[tuple[int, int]]:
 
 def test_a_ruinous_merger_is_passed_by_and_nothing_but_ruin_is_an_error():
     prices = [[math.inf, 0.2, math.inf], [math.inf, math.inf]]
-    costs = of_places(lambda partition, place: prices[4 - len(partition)][place])
+    costs = Priced(lambda partition, place: prices[4 - len(partition)][place])
     found = search_best_first(costs, 4, 1)
     assert shown(found.windows) == ((1, 2),)
     assert [row["score"] for row in found.trace] == [None, 0.2, None]
@@ -185,7 +209,8 @@ def test_a_ruinous_merger_is_passed_by_and_nothing_but_ruin_is_an_error():
     replay = LayerReplay(model, [IDS])
     model.model.layers[3].mlp.down_proj.weight[0, 0] = math.inf  # whoever keeps it
     partition = in_windows(((0, 1), *((layer, layer) for layer in range(2, LAYERS))))
-    found = MergerCosts(replay, [MergeLayers(0, 0)], FlattenedCosine(), skip_last=0)(partition)
+    asked = MergerCosts(replay, [MergeLayers(0, 0)], FlattenedCosine(), skip_last=0)
+    found = asked(partition, asked.mergers(partition))
     assert [place for (place, _), cost in found.items() if math.isfinite(cost)] == [2]  # 3 gives way to 4
 
 
@@ -244,6 +269,17 @@ def test_candidates_are_refitted_before_they_are_scored():
         ({"similarity": "loss", "threshold": 0.5, "search": "best_first"}, "threshold is of a similarity"),
         ({"beam": 2, "remove_layers": 2}, "beam is 2; with search best_first"),
         ({"refit_candidates": True, "remove_layers": 2}, "refit_candidates is of search best_first"),
+        ({"lazy": True, "remove_layers": 2}, "lazy is of search best_first"),
+        (
+            {
+                "refit_candidates": True,
+                "remove_layers": 2,
+                "beam": 2,
+                "search": "best_first",
+                "consolidation": "least_squares",
+            },
+            "beam is 2; with refit_candidates",
+        ),
         ({"beam": 0, "remove_layers": 2, "search": "best_first"}, "beam is 0"),
     ],
 )
