@@ -57,8 +57,10 @@ from slm_pl.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK = 2048
+CHUNK = 1024
 """Tokens that go through a layer together."""
+SLICE = 256
+"""Tokens that are in float64 at a time."""
 
 
 DropConsolidation = Literal["drop", "least_squares"]
@@ -177,12 +179,15 @@ class NormalEquations:
                 seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
             if self._output.norm is not None:
                 seen = seen / wrote.float().square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+            weights = _weights(target).flatten(0, 1)
             silent = self._gain.abs() <= 1e-6 * self._gain.abs().max()
             missing = ((target - result) / self._gain).masked_fill(silent, 0)
-            seen = seen.double()
-            weighted = (seen * _weights(target).flatten(0, 1)).T
-            self.gram.addmm_(weighted, seen)
-            self.cross.addmm_(weighted, missing.flatten(0, 1).double())
+            tokens = zip(seen.split(SLICE), missing.flatten(0, 1).split(SLICE), weights.split(SLICE), strict=True)
+            for inputs_of, missing_of, weights_of in tokens:
+                wide = inputs_of.double()
+                weighted = (wide * weights_of).T
+                self.gram.addmm_(weighted, wide)
+                self.cross.addmm_(weighted, missing_of.double())
         return result
 
     def over_ranks(self) -> None:

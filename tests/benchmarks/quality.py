@@ -12,8 +12,8 @@ of the parameters. Nothing is trained. One row is
 
 ``DIR`` holds ``c4/train.jsonl``, ``gutenberg/gutenberg_paragraphs.jsonl`` and ``lm_eval/<task>/<split>.jsonl``. Of the
 C4 documents the first 200 are for calibration, the rest for evaluation. All methods calibrate on the same 10 x 128
-tokens; the search that refits its candidates scores on as many, and fits on 30 x 128; least squares fits on some 30k. Rows that ``--output`` holds are not made again, so that the command may
-be interrupted.
+tokens; the search that refits its candidates scores on as many and fits on 30 x 128; least squares fits on some 30k
+others. Rows that ``--output`` holds are not made again, so that the command may be interrupted.
 """
 
 import argparse
