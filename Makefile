@@ -58,6 +58,7 @@ bench: install  ## Run the benchmarks (minutes)
 	$(BIN)/python -m tests.benchmarks.recovery --rows $(ALPACA)
 	$(BIN)/python -m tests.benchmarks.training_memory
 	$(BIN)/python -m tests.benchmarks.efficiency
+	$(BIN)/python -m tests.benchmarks.least_squares
 
 clean:  ## Remove runs and caches
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -216,7 +216,7 @@ def block_importance(plan: Plan) -> bytes | None:
     Returns:
         A PNG, or None if the plan's trace does not hold scores of layers.
     """
-    scores = [score for score in map(_score_of, plan.trace[:_MOST_SCORES]) if score is not None]
+    scores = _best_of_each([score for score in map(_score_of, plan.trace[:_MOST_SCORES]) if score is not None])
     if not scores:
         return None
     start = min(score.phase for score in scores)
@@ -246,12 +246,22 @@ def block_importance(plan: Plan) -> bytes | None:
         length = first[0].last - first[0].layer + 1
         below.set_xlabel(f"first of {length} decoder layers" if runs else "decoder layer", fontsize=9)
         name = plan.method.class_path.rpartition(".")[2]
-        how = next(
-            (plan.method.init_args[key] for key in ("criterion", "distance") if key in plan.method.init_args), ""
-        )
-        left = plan.base.num_layers - len(dropped)
+        arguments = plan.method.init_args
+        how = next((arguments[key] for key in ("criterion", "distance", "similarity") if key in arguments), "")
+        merged = sum(step.high - step.low for step in plan.steps if isinstance(step, MergeLayers))
+        left = plan.base.num_layers - len(dropped) - merged
         set_title(figure, f"{name}{f' ({how})' if how else ''}: {plan.base.num_layers} → {left} layers")
         return to_png(figure)
+
+
+def _best_of_each(scores: list[_Score]) -> list[_Score]:
+    """One for each layer of each phase: the one that was taken, else the least, where there are two ways to merge."""
+    best: dict[tuple[int, int], _Score] = {}
+    for score in scores:
+        known = best.get((score.phase, score.layer))
+        if known is None or (not score.removed, score.value) < (not known.removed, known.value):
+            best[score.phase, score.layer] = score
+    return list(best.values())
 
 
 def _bar_range(values: list[float], dense: float | None) -> tuple[float, float]:

@@ -169,6 +169,23 @@ def test_quickstart_of_each_variant_runs_from_yaml_alone(name, pico_dir, tmp_pat
     assert (method["consolidation"], method["other_parameters"], method["similarity"]) == expected[name]
 
 
+def test_quickstart_of_least_squares_runs_from_yaml_alone(pico_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    place = ["--model.pretrained", str(pico_dir), "--trainer.default_root_dir", str(tmp_path)]
+    refit = ["--trainer.callbacks.least_squares.ridge", "[3.0]", "--data.fitting", "[{samples: 4, sampling: stream}]"]
+    main(
+        ["test", "--config", "configs/quickstart_least_squares.yaml", *place, *refit]
+        + ["--trainer.callbacks.remove_layers", "2"]
+    )
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["model"]["num_layers"] == 4
+    assert plan["outcome"]["least_squares"]["fits"]
+    assert plan["method"]["init_args"]["least_squares"]["ridge"] == [3.0]
+    assert {row["phase"] for row in plan["trace"]} == {0, 1}
+    assert (tmp_path / "block_importance.png").stat().st_size > 10_000
+
+
 def test_quickstart_of_the_layer_comparison_runs_from_yaml_alone(pico_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     place = ["--model.pretrained", str(pico_dir), "--trainer.default_root_dir", str(tmp_path)]

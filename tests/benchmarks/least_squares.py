@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints the table, and fails if a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default="embedded", help="as data.calibration.source; at least 32k tokens")
-    parser.add_argument("--documents", type=int, default=40, help="of the text, that are joined")
+    parser.add_argument("--documents", type=int, default=36, help="of the text, that are joined")
     parser.add_argument("--output", type=Path, help="write all figures to this .json file")
     options = parser.parse_args(arguments)
     source = resolve(MODEL)

@@ -22,7 +22,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,6 @@ from slm_pl.compression.least_squares import LeastSquares
 from slm_pl.compression.plan import count_parameters
 from slm_pl.compression.target import layers_share
 from slm_pl.data import CalibrationSet, CalibrationText, EvaluationText, load_calibration, load_evaluation
-from slm_pl.data.corpora import joined
 from slm_pl.evaluation import SEVEN_TASKS
 from slm_pl.evaluation.drift import Reference, drift, reference_states
 from slm_pl.evaluation.efficiency.memory import PeakMeter
@@ -88,7 +87,7 @@ METHODS: dict[str, Make] = {
     "perplexity + least squares": lambda n, _: ShortenedLLaMA(remove_layers=n, **_refit()),
     "SLEB + least squares": lambda n, _: SLEB(n, **_refit()),
     "SLM best-first + least squares": lambda n, _: SlidingWindowMerging(
-        remove_layers=n, search="best_first", similarity="token_cosine", **_refit()
+        remove_layers=n, search="best_first", similarity="token_cosine", lazy=True, **_refit()
     ),
     "SLM best-first, refitted + least squares": lambda n, _: SlidingWindowMerging(
         remove_layers=n, search="best_first", similarity="kl", refit_candidates=True, lazy=True, **_refit()
@@ -117,18 +116,24 @@ def read_texts(data: Path, wikitext: str | None, work: Path) -> Texts:
     for name, part in parts.items():
         files.write_text(paths[name], "".join(part))
     books = str(data / "gutenberg" / "gutenberg_paragraphs.jsonl")
-    fitted = [
-        CalibrationText(str(paths["calibration"]), samples=150),
-        CalibrationText(books, samples=140, sampling="stream"),
-    ]
+    novels = CalibrationText(books, samples=60, sampling="stream")
+    manual = CalibrationText(samples=14, sampling="stream")
+    own = CalibrationText(str(paths["calibration"]), samples=150)
     source = wikitext or str(data / "wikitext2" / "test.txt")
     c4 = EvaluationText(str(paths["evaluation"]), max_tokens=4096)
+
+    def mixed(*texts: CalibrationText) -> CalibrationSet:
+        """In an order in which every fourth sample is of each text as often as the others."""
+        samples = [load_calibration(text, tokenizer) for text in texts]
+        ids = [sample for part in samples for batch in part for sample in batch]
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()
+        text = replace(own, source=" + ".join(part.text.source for part in samples), samples=len(ids), batch_size=10)
+        return CalibrationSet.from_ids([ids[number].tolist() for number in order], text)
+
     return Texts(
-        *(
-            load_calibration(CalibrationText(str(paths["calibration"]), samples=samples, batch_size=10), tokenizer)
-            for samples in (10, 40)
-        ),
-        joined([load_calibration(text, tokenizer) for text in fitted]),
+        load_calibration(replace(own, samples=10, batch_size=10), tokenizer),
+        mixed(replace(own, samples=40), replace(novels, samples=20), replace(manual, samples=5)),
+        mixed(own, novels, manual),
         load_evaluation(EvaluationText(source, max_tokens=4096), tokenizer),
         load_evaluation(c4, tokenizer),
         load_evaluation(EvaluationText(str(paths["evaluation"]), max_tokens=2048), tokenizer),
@@ -149,7 +154,9 @@ def measure(model: "PreTrainedModel", texts: Texts, reference: Reference, data: 
     return row
 
 
-def cell(method: str, layers: int, texts: Texts, reference: Reference, data: Path, limit: int) -> dict[str, float]:
+def cell(
+    method: str, layers: int, texts: Texts, reference: Reference, data: Path, limit: int, work: Path
+) -> dict[str, float]:
     """Compresses a model of its own, and measures it."""
     model = load_model(resolve(MODEL), dtype="float32")
     total = count_parameters(model)
@@ -166,8 +173,9 @@ def cell(method: str, layers: int, texts: Texts, reference: Reference, data: Pat
         plan = callback.decide(model, texts.more_calibration if more else texts.calibration, texts.fitting)
     seconds = time.perf_counter() - start
     after, _ = meter.read()
+    plan.save(work / f"{method} {layers}.json")
     surgery.apply(model, plan)
-    peak = {} if before is None or after is None else {"peak_bytes": after.bytes - before.bytes}
+    peak = {} if before is None or after is None else {"peak_bytes": after.max - before.max}
     return {
         "parameters": count_parameters(model) / total,
         "seconds": seconds,
@@ -228,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for size, method in itertools.product(options.layers, options.methods):
         name = f"{method} {size}"
         if name not in rows:
-            rows[name] = cell(method, size, texts, reference, options.data, options.limit)
+            rows[name] = cell(method, size, texts, reference, options.data, options.limit, options.output)
             files.write_text(done, json.dumps(rows, indent=1))
             row = rows[name]
             console.print(f"{name}: {row['wikitext']:.1f} on WikiText-2, {row['c4']:.1f} on C4, {row['seconds']:.0f} s")

@@ -148,6 +148,18 @@ def test_bars_are_as_high_as_the_scores_and_coloured_by_fate():
     assert trace_pictures(importance_plan([], (2,)), 1) == {}
 
 
+def test_of_two_ways_to_merge_the_one_taken_or_the_better_is_drawn():
+    both = [
+        {"phase": 0, "layer": 0, "high": 1, "consolidation": "keep_bottom", "score": 6.0, "removed": False},
+        {"phase": 0, "layer": 0, "high": 1, "consolidation": "keep_top", "score": 2.0, "removed": False},
+        {"phase": 0, "layer": 1, "high": 2, "consolidation": "keep_bottom", "score": 1.0, "removed": True},
+        {"phase": 0, "layer": 1, "high": 2, "consolidation": "keep_top", "score": 1.0, "removed": False},
+    ]
+    drawn = block_importance(importance_plan(both, ()))
+    assert drawn == block_importance(importance_plan([both[1], both[2]], ()))
+    assert drawn != block_importance(importance_plan([both[0], both[2]], ()))
+
+
 def test_a_ruinous_layer_does_not_flatten_the_others():
     values = [41.0, 45.0, 43.0, 47.0, 42.0, 44.0, 46.0, 43.0]
     high = []
