@@ -16,6 +16,7 @@ from torch import nn
 from slm_pl import files
 from slm_pl.compression import surgery
 from slm_pl.compression.architecture import num_layers
+from slm_pl.compression.feasibility import check
 from slm_pl.compression.least_squares import LeastSquares, count_fits, fit_outputs
 from slm_pl.compression.plan import (
     Base,
@@ -173,7 +174,10 @@ class CompressionCallback(pl.Callback, ABC):
         carried = [p for p in pl_module.plans if p.method.class_path == self.class_path and p not in others]
         if carried and (self.plan_path is None or self._load(trainer, Path(self.plan_path)) in carried):
             wanted = self.arguments()
-            if self.plan_path is None and all(plan.method.init_args != wanted for plan in carried):
+            # A plan that was made before an argument was there has its default.
+            defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
+            known = [{name: plan.method.init_args.get(name, defaults[name]) for name in wanted} for plan in carried]
+            if self.plan_path is None and wanted not in known:
                 rank_zero_warn(
                     f"{pl_module.pretrained} was compressed by {self.class_path} with {carried[-1].method.init_args} "
                     f"and is not compressed again with {wanted}. Start from the dense model to change them."
@@ -187,7 +191,7 @@ class CompressionCallback(pl.Callback, ABC):
         model = pl_module.load_model()
         plan = self._find_plan(trainer, pl_module)
         # Refuse a plan that does not fit before it is written as this run's.
-        surgery.check(model, plan)
+        check(model, plan)
         run_plan = self._run_plan(trainer, pl_module)
         number = len(pl_module.plans) + 1
         on_first_rank(trainer, lambda: _save(plan, run_plan.parent, number))
@@ -219,6 +223,8 @@ class CompressionCallback(pl.Callback, ABC):
             name for name in inspect.signature(type(self)).parameters if name not in ("plan_path", "memory_budget")
         )
         values = {name: getattr(self, name) for name in names}
+        if self.refit is None:
+            values.pop("least_squares", None)
         return {name: v.to_json() if isinstance(v, LeastSquares) else v for name, v in values.items()}
 
     def make_plan(

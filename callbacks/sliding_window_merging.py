@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.base import CompressionCallback
 from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.best_first import MergerCosts, Refit, search_best_first
-from slm_pl.compression.calibration import LayerReplay, batched, distributed
+from slm_pl.compression.calibration import LayerReplay, batched, sample_number
 from slm_pl.compression.candidates import Candidates
+from slm_pl.compression.feasibility import check_consolidation
 from slm_pl.compression.least_squares import LeastSquares
 from slm_pl.compression.plan import Consolidation, JSONValue, MergeLayers, OtherParameters, Plan
 from slm_pl.compression.scores import (
@@ -24,7 +24,6 @@ from slm_pl.compression.scores import (
     Similarity,
     TokenCosine,
 )
-from slm_pl.compression.surgery import check_consolidation
 from slm_pl.compression.target import check_target, layers_to_remove
 from slm_pl.compression.windows import cut_windows, search_threshold, search_windows
 from slm_pl.console import progress
@@ -139,6 +138,11 @@ class SlidingWindowMerging(CompressionCallback):
             raise UsageError(f"beam is {beam}; with search best_first, give 1 or more. top_down has none.")
         if lazy and (search != "best_first" or beam > 1):
             raise UsageError("lazy is of search best_first with beam 1. Leave it out.")
+        if consolidation == "least_squares" and other_parameters != "top":
+            raise UsageError(
+                f"other_parameters is {other_parameters!r}; with consolidation least_squares the layer that stays "
+                "keeps its own norms and biases. Leave it out."
+            )
         if refit_candidates and beam > 1:
             raise UsageError(f"beam is {beam}; with refit_candidates, one model of every size is gone on with.")
         if refit_candidates and (search, consolidation) != ("best_first", "least_squares"):
@@ -239,14 +243,14 @@ class SlidingWindowMerging(CompressionCallback):
         refit = None
         ways = [MergeLayers(0, 0, *self._how)]
         if self.refit_candidates:
-            ranks = torch.distributed.get_world_size() if distributed() else 1
-            if calibration.text.samples < 4 * ranks:
+            if calibration.text.samples < 4:
                 raise UsageError(
-                    f"refit_candidates got {calibration.text.samples} calibration samples; {ranks} device(s) need at "
-                    f"least {4 * ranks}. Raise data.calibration.samples, to some 64."
+                    f"refit_candidates got {calibration.text.samples} calibration samples; it fits on three of four, "
+                    "so it needs at least 4. Raise data.calibration.samples, to some 64."
                 )
-            learnt = batched([s for number, s in enumerate(samples) if number % 4 != 3], FITTED_AT_ONCE)
-            samples = samples[3::4]
+            scored_on = [sample_number(index) % 4 == 3 for index in range(len(samples))]
+            learnt = batched([s for s, held in zip(samples, scored_on, strict=True) if not held], FITTED_AT_ONCE)
+            samples = [s for s, held in zip(samples, scored_on, strict=True) if held]
             refit = Refit(LayerReplay(model, learnt), self.least_squares.middle_ridge)
             ways.append(MergeLayers(0, 0, "keep_top", "top"))
         scored = LayerReplay(model, batched(samples, calibration.text.batch_size))

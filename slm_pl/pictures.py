@@ -233,7 +233,7 @@ def block_importance(plan: Plan) -> bytes | None:
             _draw_phases(below, scores)
         else:
             above = below = figure.subplots()
-        order = {score.layer: number for number, score in enumerate((s for s in scores if s.removed), 1)}
+        order = {score.layer: score.phase - start + 1 for score in reversed(scores) if score.removed}
         _draw_bars(above, first, dropped, order if later else {}, base, cap)
         if is_number(dense):
             above.axhline(base, color=GREY, linewidth=1, label=f"dense {base:.4g}")

@@ -269,7 +269,13 @@ class Output:
 
 
 def output_of(model: "PreTrainedModel", layer: int, group: Group) -> Output | None:
-    """How a group of a decoder layer writes; None where it is no linear map (experts) or has lost all its units."""
+    """How a group of a decoder layer writes.
+
+    None where it is no linear map (experts), has lost all its units, or is not added to the hidden state as it is but
+    normalised with it (OPT 350M).
+    """
+    if not getattr(model.config, "do_layer_norm_before", True):
+        return None
     architecture, module = architecture_of(model), decoder_layers(model)[layer]
     paths = architecture.attention if group == "attention" else architecture.mlp
     found = dict(module.named_modules()).get(paths[-1]) if paths else None

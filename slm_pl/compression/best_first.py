@@ -1,8 +1,8 @@
 """A search that looks everywhere: again and again, the cheapest way to merge a window with its neighbour.
 
 Greedy removal of the layer that is missed least is SLEB's idea (https://arxiv.org/abs/2402.09025). Ours are that it
-merges, with every consolidation and score of this project, the walk that computes nothing twice, and that it can refit
-each candidate by least squares before it is scored.
+merges, with every consolidation and score of this project, the walk in which no candidate runs what lies below it, and
+that it can refit each candidate by least squares before it is scored.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slm_pl.compression.architecture import architecture_of
 from slm_pl.compression.calibration import Layer, LayerReplay, mean_over_ranks
-from slm_pl.compression.least_squares import NormalEquations, fitted_outputs
+from slm_pl.compression.normal_equations import NormalEquations, fitted_outputs
 from slm_pl.compression.plan import JSONValue, MergeLayers
 from slm_pl.compression.scores import Similarity
 from slm_pl.compression.surgery import MergedLayer, merge
@@ -153,7 +153,9 @@ class MergerCosts:
     The states below a merger are those of the partition itself. So the walk carries them along, and only the merged
     layer and what lies above it is run for each candidate: with n windows about n²/2 layers for every sample, half of
     what full passes take. Below the first window of several layers the states are the dense model's, which the replay
-    has. A candidate that is refitted costs its one layer on the text that it is fitted on, and a solution.
+    has. With refits, the text that they are fitted on goes up with the walk, each candidate runs its one layer on it
+    and solves once, and so does each window of the partition that the walk comes by. A lazy search walks once for every
+    portion of its candidates.
 
     Args:
         replay: Of the calibration text.
@@ -249,8 +251,10 @@ class MergerCosts:
     def _fit(self, window: MergeLayers, states: Sequence[Tensor], refit: Refit) -> MergedLayer:
         """The merged layer, refitted on the states that reach it."""
         layer = self._merged(window)
-        ((_, output),) = fitted_outputs(self._replay.model, window.host, "mlp")
-        equations = NormalEquations(output)
+        outputs = fitted_outputs(self._replay.model, window.host, "mlp")
+        if not outputs:
+            return layer
+        equations = NormalEquations(outputs[0][1])
         for hidden, capture in zip(states, refit.replay.captures, strict=True):
             target = [*capture.inputs, capture.output][window.high + 1]
             equations.observe(layer, hidden, capture.arguments[window.host], target)

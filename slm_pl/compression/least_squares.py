@@ -26,30 +26,28 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from slm_pl.compression.architecture import (
-    GROUPS,
     Group,
     Output,
     architecture_of,
     decoder_layers,
     hidden_size,
-    output_of,
 )
 from slm_pl.compression.calibration import (
     Arguments,
     Layer,
     batched,
     capture,
-    distributed,
     first_input,
     first_of,
     run_layers,
     sample_number,
 )
-from slm_pl.compression.plan import JSONValue, Plan, RefitOutput, Span, Step, spans
+from slm_pl.compression.normal_equations import NormalEquations, fitted_outputs, sum_over_ranks, token_weights
+from slm_pl.compression.plan import JSONValue, Plan, RefitOutput, Step
+from slm_pl.compression.spans import Span, spans
 from slm_pl.compression.spool import Spool
 from slm_pl.compression.surgery import MergedLayer, merge
 from slm_pl.errors import UsageError
@@ -59,8 +57,6 @@ if TYPE_CHECKING:
 
 CHUNK = 1024
 """Tokens that go through a layer together."""
-SLICE = 256
-"""Tokens that are in float64 at a time."""
 
 
 DropConsolidation = Literal["drop", "least_squares"]
@@ -86,7 +82,7 @@ class LeastSquares:
             (``o_proj``), then that. A layer whose MLP is of experts has only the first.
         later_layers: Also refit every layer above the first span, toward the dense state at its own depth.
         ridge: The λ to choose from, each relative to the mean of the diagonal of G.
-        held_out: Share of the samples that λ is chosen on; at least one sample.
+        held_out: Share of the samples that λ is chosen on, in (0, 0.5]: of every so many samples the last.
 
     Raises:
         UsageError: A number is out of range.
@@ -100,8 +96,8 @@ class LeastSquares:
     def __post_init__(self) -> None:
         if not self.ridge or not all(0 < value < math.inf for value in self.ridge):
             raise UsageError(f"least_squares.ridge is {list(self.ridge)}; give one or more positive numbers.")
-        if not 0 < self.held_out < 1:
-            raise UsageError(f"least_squares.held_out is {self.held_out}; it is a share of the samples, in (0, 1).")
+        if not 0 < self.held_out <= 0.5:
+            raise UsageError(f"least_squares.held_out is {self.held_out}; it is a share of the samples, in (0, 0.5].")
 
     @property
     def middle_ridge(self) -> float:
@@ -128,103 +124,7 @@ class _Chunk:
     held_out: bool
 
 
-class NormalEquations:
-    """G and C of one fit, in float64: all that is kept of the tokens.
-
-    Args:
-        output: How the layer that is refitted writes.
-    """
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
-        self._biased = output.map.bias is not None
-        hidden, self._inputs = output.map.weight.shape
-        size, device = self._inputs + int(self._biased), output.map.weight.device
-        self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(size, hidden, dtype=torch.float64, device=device)
-        # What each channel is multiplied by on its way to the hidden state, a norm's division left out: the root mean
-        # square of ones is one.
-        ones = torch.ones(hidden, device=device, dtype=output.map.weight.dtype)
-        self._gain = output.factor * (ones if output.norm is None else output.norm(ones)).float()
-
-    def observe(
-        self, layer: MergedLayer, hidden: Tensor, arguments: Arguments, target: Tensor, learn: bool = True
-    ) -> Tensor:
-        """Runs the layer, and takes in what its map read and what it lacks.
-
-        Args:
-            layer: The layer as it is before the fit.
-            hidden: Its input in the compressed model, ``[batch, tokens, hidden]``.
-            arguments: Its keyword arguments.
-            target: The dense model's hidden state that its result is to be.
-            learn: Only run it, if false.
-
-        Returns:
-            Its result.
-        """
-        inputs: list[Tensor] = []
-        written: list[Tensor] = []
-        hooks = [
-            self._output.map.register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
-            self._output.map.register_forward_hook(lambda *call: written.append(call[-1])),
-        ]
-        try:
-            result = first_of(layer(hidden, **arguments))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if learn:
-            seen, wrote = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (inputs[0], written[0]))
-            if self._biased:
-                seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
-            if self._output.norm is not None:
-                seen = seen / wrote.float().square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
-            weights = _weights(target).flatten(0, 1)
-            silent = self._gain.abs() <= 1e-6 * self._gain.abs().max()
-            missing = ((target - result) / self._gain).masked_fill(silent, 0)
-            tokens = zip(seen.split(SLICE), missing.flatten(0, 1).split(SLICE), weights.split(SLICE), strict=True)
-            for inputs_of, missing_of, weights_of in tokens:
-                wide = inputs_of.double()
-                weighted = (wide * weights_of).T
-                self.gram.addmm_(weighted, wide)
-                self.cross.addmm_(weighted, missing_of.double())
-        return result
-
-    def over_ranks(self) -> None:
-        """Adds up what all ranks took in."""
-        for total in (self.gram, self.cross):
-            _sum_over_ranks(total)
-
-    def solve(self, ridge: float) -> Tensor:
-        """The ridge solution Δ, ``[hidden, inputs]``; of a biased map the last input is the bias, free of the ridge.
-
-        Args:
-            ridge: λ, relative to the mean of the diagonal of G.
-        """
-        diagonal = self.gram.diagonal()
-        own = diagonal.clone()
-        diagonal[: self._inputs] += ridge * own[: self._inputs].mean()  # in place: it saves a copy of G
-        try:
-            factor, failed = torch.linalg.cholesky_ex(self.gram)
-        finally:
-            diagonal.copy_(own)
-        if failed:  # no input moves at all
-            return torch.zeros_like(self.cross.T)
-        change = torch.cholesky_solve(self.cross, factor).T
-        if distributed():
-            dist.broadcast(change, 0)
-        return change
-
-    def refitted(self, layer: MergedLayer, ridge: float) -> tuple[MergedLayer, dict[str, Tensor]]:
-        """The layer with the solution added to its map, and the new parameters: the weight, then a bias if any."""
-        change = self.solve(ridge)
-        parts = {"weight": change[:, : self._inputs]} | ({"bias": change[:, self._inputs]} if self._biased else {})
-        own = {**dict(layer.host.named_parameters()), **layer.parameters}
-        names = [f"{self._output.path}.{name}" for name in parts]
-        new = {name: (own[name] + part).to(own[name].dtype) for name, part in zip(names, parts.values(), strict=True)}
-        return MergedLayer(layer.host, {**layer.parameters, **new}), new
-
-
+@torch.no_grad()
 def fit_outputs(
     model: "PreTrainedModel",
     plan: Plan,
@@ -235,8 +135,10 @@ def fit_outputs(
     """Adds to a plan that removes or merges layers what refits the ones that stay.
 
     It takes one pass of the dense model's layers, one of the compressed model's, and for each fit the layer once for G
-    and C, and once for each λ on the samples held out. Memory above the weights, whatever the number of tokens: two
-    hidden states of one chunk, the activations of one layer, and G with its factor.
+    and C, and once for each λ on the samples held out; and one pass over a chunk for every length of sample. Memory
+    above the weights, whatever the number of tokens: two hidden states of one chunk, the activations of one layer, G,
+    its factor and the factor once more while it is solved with, and masks and position embeddings for each length of
+    sample. The hidden states of all samples are in two temporary files, and what was fitted in main memory.
 
     Args:
         model: The model that the plan was computed on; it is only read.
@@ -287,13 +189,6 @@ def count_fits(plan: Plan, settings: LeastSquares) -> int:
     first = next((place for place, span in enumerate(stay) if not span.alone), len(stay))
     fitted = stay[first:] if settings.later_layers else [span for span in stay if not span.alone]
     return len(fitted) * (2 if settings.outputs == "both" else 1)
-
-
-def fitted_outputs(model: "PreTrainedModel", layer: int, outputs: Literal["mlp", "both"]) -> list[tuple[Group, Output]]:
-    """Which maps of a layer are refitted, in order; where its MLP is of experts, that of its attention."""
-    found = [(group, output_of(model, layer, group)) for group in GROUPS]
-    there = [(group, output) for group, output in found if output is not None]
-    return there if outputs == "both" else there[-1:]
 
 
 @dataclass(frozen=True)
@@ -349,7 +244,9 @@ class _Walk:
         period = max(2, min(self.samples, round(1 / settings.held_out)))
         portions = list(_portions(samples, period))
         shapes = [torch.Size((*ids.shape, hidden_size(model))) for ids, _ in portions]
-        self._dense, self._own = (Spool(shapes, model.dtype, self.device) for _ in range(2))
+        # Embeddings may be in another dtype than most weights.
+        dtype = first_input(model, portions[0][0][:1]).dtype if portions else model.dtype
+        self._dense, self._own = (Spool(shapes, dtype, self.device) for _ in range(2))
         self.chunks: list[_Chunk] = []
         known: dict[torch.Size, Sequence[Arguments]] = {}
         for number, (ids, held_out) in enumerate(portions):
@@ -414,7 +311,7 @@ class _Walk:
             hidden, target = self._own.read(number), self._dense.read(number)
             result = equations.observe(layer, hidden, chunk.arguments[span.layer], target, learn=not chunk.held_out)
             if chunk.held_out:
-                squares += _squares(target - result, _weights(target))
+                squares += _squares(target - result, token_weights(target))
                 tokens += target.shape[0] * target.shape[1]
         self._runs += self._own_samples
         equations.over_ranks()
@@ -437,7 +334,7 @@ class _Walk:
                 best, ridge, least = candidate, tried, error
                 found = dict(zip([step.weight, str(step.bias)], new.values(), strict=False))
         before, after = squares / tokens, least / tokens
-        return best, Fit(step, found, ridge, before, after)
+        return best, Fit(step, {name: value.cpu() for name, value in found.items()}, ridge, before, after)
 
     def _error(self, span: Span, layer: MergedLayer) -> float:
         """Σ w_t ‖H_t − f(x)_t‖² over the samples held out, of all ranks."""
@@ -446,7 +343,7 @@ class _Walk:
             if chunk.held_out:
                 result = first_of(layer(self._own.read(number), **chunk.arguments[span.layer]))
                 target = self._dense.read(number)
-                squares += _squares(target - result, _weights(target))
+                squares += _squares(target - result, token_weights(target))
                 self._runs += chunk.shape[0]
         (total,) = self._total([squares])
         return total if math.isfinite(total) else math.inf
@@ -454,7 +351,7 @@ class _Walk:
     def _total(self, values: list[float]) -> list[float]:
         """Sums over the ranks."""
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
-        _sum_over_ranks(totals)
+        sum_over_ranks(totals)
         return totals.tolist()
 
 
@@ -467,15 +364,5 @@ def _portions(samples: Sequence[Tensor], period: int) -> Iterator[tuple[Tensor, 
             yield ids, held_out
 
 
-def _weights(target: Tensor) -> Tensor:
-    """w_t, ``[batch, tokens, 1]``."""
-    return 1 / target.double().square().sum(-1, keepdim=True).clamp_min(1e-12)
-
-
 def _squares(errors: Tensor, weights: Tensor) -> float:
     return float((errors.double().square() * weights).sum())
-
-
-def _sum_over_ranks(total: Tensor) -> None:
-    if distributed():
-        dist.all_reduce(total)

@@ -99,7 +99,7 @@ class Divergence:
         rows = []
         for theirs, own in zip(_slices(self.model, reference), _slices(self.model, candidate), strict=True):
             p, q = (logits(self.model, part).float().log_softmax(-1) for part in (theirs, own))
-            rows.append((p.exp() * (p - q)).nan_to_num(0.0, math.inf).sum(-1))  # p log p is 0 where p is
+            rows.append(torch.where(p == -math.inf, 0, p.exp() * (p - q)).sum(-1))  # p log p is 0 where p is
         return torch.cat(rows).view(len(ids), -1).double().mean(1, keepdim=True)
 
     def combine(self, means: list[float]) -> float:

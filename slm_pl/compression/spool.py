@@ -24,6 +24,7 @@ class Spool:
 
     def write(self, chunk: int, hidden: Tensor) -> None:
         """Replaces the state of a chunk."""
+        assert (hidden.shape, hidden.dtype) == (self._shapes[chunk], self._dtype)
         self._file.seek(self._starts[chunk])
         self._file.write(hidden.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 

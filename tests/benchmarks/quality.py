@@ -13,7 +13,8 @@ of the parameters. Nothing is trained. One row is
 ``DIR`` holds ``c4/train.jsonl``, ``gutenberg/gutenberg_paragraphs.jsonl`` and ``lm_eval/<task>/<split>.jsonl``. Of the
 C4 documents the first 200 are for calibration, the rest for evaluation. All methods calibrate on the same 10 x 128
 tokens; the search that refits its candidates scores on as many and fits on 30 x 128; least squares fits on some 30k
-others. Rows that ``--output`` holds are not made again, so that the command may be interrupted.
+others. Rows that ``--output`` holds are not made again, so that the command may be interrupted; rows of other options
+are made anew.
 """
 
 import argparse
@@ -228,16 +229,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = load_model(resolve(MODEL), dtype="float32")
     reference = reference_states(model, texts.compared, "dense", show_progress=False)
     done = options.output / "rows.json"
-    rows: dict[str, dict[str, float]] = json.loads(done.read_text()) if done.is_file() else {}
+    rows: dict[str, dict[str, float]] = {}
+    asked = {"limit": options.limit, "wikitext": texts.wikitext.sha256, "c4": texts.c4.sha256}
+    asked |= {"calibration": texts.more_calibration.sha256, "fitting": texts.fitting.sha256}
+    if done.is_file():
+        record = json.loads(done.read_text())
+        rows = record["rows"] if record["asked"] == asked else {}
+
+    def keep(name: str, row: dict[str, float]) -> None:
+        rows[name] = row
+        files.write_text(done, json.dumps({"asked": asked, "rows": rows}, indent=1))
+
     if "dense" not in rows:
-        rows["dense"] = measure(model, texts, reference, options.data, options.limit)
-        files.write_text(done, json.dumps(rows, indent=1))
+        keep("dense", measure(model, texts, reference, options.data, options.limit))
     del model
     for size, method in itertools.product(options.layers, options.methods):
         name = f"{method} {size}"
         if name not in rows:
-            rows[name] = cell(method, size, texts, reference, options.data, options.limit, options.output)
-            files.write_text(done, json.dumps(rows, indent=1))
+            keep(name, cell(method, size, texts, reference, options.data, options.limit, options.output))
             row = rows[name]
             console.print(f"{name}: {row['wikitext']:.1f} on WikiText-2, {row['c4']:.1f} on C4, {row['seconds']:.0f} s")
     console.print(table(rows, rows["dense"]))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slm_pl import loading
 from slm_pl.cli import quieten
-from slm_pl.compression import surgery
+from slm_pl.compression import feasibility, surgery
 from slm_pl.compression.plan import Base, DropLayers, KeepChannels, Method, Plan, count_parameters
 from slm_pl.errors import UsageError
 from slm_pl.export import load_compressed, save_compressed
@@ -296,7 +296,7 @@ def test_names_of_quantisations():
 def test_quantised_weights_are_not_compressed(int8_dir):
     model = load_model(resolve(str(int8_dir)))
     plan = Plan(Base.of(model), Method("x", {}), None, (DropLayers((1,)),))
-    for work in (surgery.check, surgery.apply):
+    for work in (feasibility.check, surgery.apply):
         with pytest.raises(UsageError, match="are quantised .int8 .*cannot be cut or merged. Start from .*Export"):
             work(model, plan)
     assert len(model.model.layers) == 6

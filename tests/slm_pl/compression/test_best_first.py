@@ -1,7 +1,9 @@
 """The search that looks everywhere, against models that are merged and run by hand."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from slm_pl.compression.scores import CKA, Divergence, FlattenedCosine, Likeliho
 from slm_pl.data import CalibrationSet, CalibrationText
 from slm_pl.errors import UsageError
 from tests.helpers.pico import pico_model
+from tests.helpers.ranks import in_two_processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.randint(3, 512, (4, 18), generator=torch.Generator().manual_seed(1))
@@ -214,7 +217,7 @@ def test_a_ruinous_merger_is_passed_by_and_nothing_but_ruin_is_an_error():
     assert [place for (place, _), cost in found.items() if math.isfinite(cost)] == [2]  # 3 gives way to 4
 
 
-def fitted_cost(partition, place, way) -> float:
+def fitted_cost(partition, place, way, ridge=1.0) -> float:
     """A candidate refitted with the module that fits plans, and the partition's own windows before it; by hand."""
     how = {"keep_top": "top", "keep_bottom": "bottom"}
     window = MergeLayers(partition[place].low, partition[place + 1].high, way, how[way])
@@ -229,7 +232,7 @@ def fitted_cost(partition, place, way) -> float:
             "_portions",
             lambda samples, period: [(torch.stack(list(samples)), False), (torch.stack(list(samples)), True)],
         )
-        plan = least_squares.fit_outputs(model, plan, [learnt], LeastSquares(ridge=(1.0,)))
+        plan = least_squares.fit_outputs(model, plan, [learnt], LeastSquares(ridge=(ridge,)))
     surgery.apply(model, plan)
     dense = pico_model(num_hidden_layers=LAYERS)
     p, q = (m(input_ids=IDS_16[3::4]).logits.double().log_softmax(-1) for m in (dense, model))
@@ -237,6 +240,67 @@ def fitted_cost(partition, place, way) -> float:
 
 
 IDS_16 = torch.randint(3, 512, (16, 18), generator=torch.Generator().manual_seed(3))
+
+
+def refitting(**arguments) -> SlidingWindowMerging:
+    return SlidingWindowMerging(
+        remove_layers=3,
+        consolidation="least_squares",
+        search="best_first",
+        similarity="kl",
+        refit_candidates=True,
+        **arguments,
+    )
+
+
+def calibration_of(ids, rank: int = 0, ranks: int = 1) -> CalibrationSet:
+    text = CalibrationText(source="ids", samples=len(ids), sequence_length=18, batch_size=2)
+    return CalibrationSet.from_ids(ids.tolist(), text).shard(rank, ranks)
+
+
+def _search_in_one_of_two(rank: int, directory: str) -> None:
+    with torch.no_grad():
+        plan = refitting().plan(pico_model(num_hidden_layers=LAYERS), calibration_of(IDS_16, rank, 2))
+    (Path(directory) / f"plan_{rank}.json").write_text(plan.to_json())
+
+
+def test_two_processes_search_as_one(tmp_path):
+    in_two_processes(_search_in_one_of_two, tmp_path)
+    first, second = ((tmp_path / f"plan_{rank}.json").read_text() for rank in range(2))
+    assert first == second
+    alone = refitting().plan(pico_model(num_hidden_layers=LAYERS), calibration_of(IDS_16))
+    both = Plan.from_dict(json.loads(first), "the plan")
+    assert both.steps == alone.steps
+    assert [row["score"] for row in both.trace] == pytest.approx([row["score"] for row in alone.trace], abs=1e-4)
+
+
+def test_later_phases_go_on_with_what_was_fitted():
+    plan = refitting().plan(pico_model(num_hidden_layers=LAYERS), calibration_of(IDS_16))
+    phases = [[row for row in plan.trace if row["phase"] == phase] for phase in range(2)]
+    (taken,) = [row for row in phases[0] if row["removed"]]
+    partition = [w for w in ((n, n) for n in range(LAYERS)) if not taken["layer"] <= w[0] <= taken["high"]]
+    partition = sorted([*partition, (taken["layer"], taken["high"])])
+    other = {"keep_top": "top", "keep_bottom": "bottom"}
+    windows = tuple(
+        MergeLayers(low, high, taken["consolidation"], other[taken["consolidation"]]) for low, high in partition
+    )
+    above = [row for row in phases[1] if row["layer"] > taken["high"]]  # those the fitted window is below of
+    for row in above:
+        place = [low for low, _ in partition].index(row["layer"])
+        expected = fitted_cost(windows, place, row["consolidation"], ridge=0.3)
+        assert row["score"] == pytest.approx(expected, abs=1e-4)
+    assert above
+
+
+def test_logits_that_are_not_finite_cost_everything():
+    model = pico_model(num_hidden_layers=LAYERS)
+    final = model.model(input_ids=IDS).last_hidden_state
+    broken = final.clone()
+    broken[0, 3] = 3e38  # finite, but not what the head makes of it
+    model.lm_head.weight[:] = 1.0
+    value = Divergence(model).statistics(final, broken, IDS)
+    assert not torch.isfinite(value[0]).any()
+    assert torch.isfinite(value[1:]).all()
 
 
 def test_candidates_are_refitted_before_they_are_scored():
@@ -269,6 +333,10 @@ def test_candidates_are_refitted_before_they_are_scored():
         ({"similarity": "loss", "threshold": 0.5, "search": "best_first"}, "threshold is of a similarity"),
         ({"beam": 2, "remove_layers": 2}, "beam is 2; with search best_first"),
         ({"refit_candidates": True, "remove_layers": 2}, "refit_candidates is of search best_first"),
+        (
+            {"consolidation": "least_squares", "other_parameters": "mean", "remove_layers": 2},
+            "other_parameters is 'mean'; with consolidation least_squares",
+        ),
         ({"lazy": True, "remove_layers": 2}, "lazy is of search best_first"),
         (
             {

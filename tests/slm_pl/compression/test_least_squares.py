@@ -12,7 +12,8 @@ from torch import nn
 from slm_pl.compression import least_squares, surgery
 from slm_pl.compression.architecture import ARCHITECTURES, decoder_layers
 from slm_pl.compression.least_squares import LeastSquares, count_fits, fit_outputs
-from slm_pl.compression.plan import Base, DropLayers, MergeLayers, Method, Plan, RefitOutput, Span, spans
+from slm_pl.compression.plan import Base, DropLayers, MergeLayers, Method, Plan, RefitOutput
+from slm_pl.compression.spans import Span, spans
 from slm_pl.errors import UsageError
 from slm_pl.memory import TensorBytes
 from tests.helpers.pico import pico_model
@@ -267,11 +268,27 @@ def test_what_cannot_be_fitted_is_refused():
         fit_outputs(model, plan_for(model, DropLayers((2,))), [IDS[:1]], ONE)
     with pytest.raises(UsageError, match=r"ridge is \[0.0\]; give one or more positive"):
         LeastSquares(ridge=(0.0,))
-    with pytest.raises(UsageError, match="held_out is 1"):
-        LeastSquares(held_out=1)
+    with pytest.raises(UsageError, match=r"held_out is 0.6; it is a share of the samples, in \(0, 0.5\]"):
+        LeastSquares(held_out=0.6)
     decoder_layers(model)[1].mlp.down_proj.weight[0, 0] = math.inf
     with pytest.raises(FloatingPointError, match="not finite.*bfloat16"):
         fit_outputs(model, plan_for(model, DropLayers((2,))), [IDS], ONE)
+
+
+def test_what_is_normalised_with_the_hidden_state_is_left_alone():
+    model = pico_model("opt", do_layer_norm_before=False)
+    plan = plan_for(model, DropLayers((2,)))
+    assert fit_outputs(model, plan, [IDS], ONE).steps == plan.steps
+
+
+def test_a_hidden_state_of_another_dtype_is_kept_as_it_is():
+    model = pico_model()
+    expected = fit_outputs(model, plan_for(model, DropLayers((2,))), [IDS], ONE)
+    model = model.double()
+    fitted = fit_outputs(model, plan_for(model, DropLayers((2,))), [IDS], ONE)
+    (name,) = fitted.tensors
+    assert fitted.tensors[name].dtype == torch.float64
+    torch.testing.assert_close(fitted.tensors[name].float(), expected.tensors[name], rtol=1e-3, atol=1e-5)
 
 
 def _fit_in_one_of_two(rank: int, directory: str) -> None:

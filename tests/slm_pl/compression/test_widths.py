@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from slm_pl.compression import surgery
 from slm_pl.compression.architecture import decoder_layers
+from slm_pl.compression.feasibility import check_consolidation
 from slm_pl.compression.modeling import EmptyAttention, EmptyMLP
 from slm_pl.compression.plan import Base, DropLayers, KeepChannels, KeepHidden, MergeLayers, Method, Plan
 from slm_pl.errors import UsageError
@@ -558,8 +559,8 @@ def test_a_bias_that_one_layer_has_is_not_lost_where_layers_with_experts_are_mer
     apply(model, KeepChannels(3, "attention", (1,), "b"), b=torch.arange(32.0))
     for other in ("bottom", "mean"):
         with pytest.raises(UsageError, match=r"layers 0 and 3 .*differ in width \(self_attn.o_proj.bias: none and"):
-            surgery.check_consolidation(model, "keep_top", other)
-    surgery.check_consolidation(model, "keep_top", "top")
+            check_consolidation(model, "keep_top", other)
+    check_consolidation(model, "keep_top", "top")
 
 
 def test_what_a_strangers_config_says_of_the_layout_is_not_used(tmp_path):
