@@ -261,8 +261,8 @@ class CompressionCallback(pl.Callback, ABC):
             rank_zero_info(f"{type(self).__name__}: resuming with the plan in {run_plan}")
             return self._load(trainer, run_plan)
         with on_its_device(trainer, pl_module) as model:
-            calibration = self._text(trainer, self.uses_calibration, TrainingData.calibration_batches)
-            fitting = self._text(trainer, self.refit is not None, TrainingData.fitting_batches)
+            calibration = self._text(trainer, self.uses_calibration, lambda data: data.calibration_batches())
+            fitting = self._text(trainer, self.refit is not None, lambda data: data.fitting_batches())
             return self.decide(model, calibration, fitting)
 
     def _text(

@@ -169,6 +169,7 @@ def test_quickstart_of_each_variant_runs_from_yaml_alone(name, pico_dir, tmp_pat
     assert (method["consolidation"], method["other_parameters"], method["similarity"]) == expected[name]
 
 
+@pytest.mark.long
 def test_quickstart_of_least_squares_runs_from_yaml_alone(pico_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     place = ["--model.pretrained", str(pico_dir), "--trainer.default_root_dir", str(tmp_path)]

@@ -1,14 +1,16 @@
 """What is left of SmolLM2-135M after every method, at equal size: ``python -m tests.benchmarks.quality --data DIR``.
 
 Each method makes the model 3, 6 and 9 of its 30 layers smaller; methods that make layers narrower remove the same share
-of the parameters. Nothing is trained. One row is
+of the parameters. One row is
 
 * *perplexity* on the first 4,096 tokens of WikiText-2 (``--wikitext``: token ids; else the raw test set of ``DIR``) and
   of C4 documents that nothing was calibrated on, in windows of 128;
 * *KL* from the dense model's distribution of the next token, in nats, on the first 2,048 of these C4 tokens;
 * *zero-shot*, the mean accuracy over the seven tasks, ``--limit`` questions each;
 * *search*: seconds of deciding everything, search and fits, and the peak of the process' memory above what it had with
-  the weights read; loading and measuring are in neither.
+  the weights read; loading and measuring are in neither;
+* *recovered*, with ``--recover STEPS``: the perplexities and the accuracy once more after so many steps of ``main.py
+  fit`` on 4 x 128 tokens of the calibration documents, LoRA and distillation, the same for all methods.
 
 ``DIR`` holds ``c4/train.jsonl``, ``gutenberg/gutenberg_paragraphs.jsonl`` and ``lm_eval/<task>/<split>.jsonl``. Of the
 C4 documents the first 200 are for calibration, the rest for evaluation. All methods calibrate on the same 10 x 128
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import yaml
 from rich.table import Table
 
 from callbacks import (
@@ -44,7 +47,7 @@ from callbacks import (
 from slm_pl import files
 from slm_pl.compression import surgery
 from slm_pl.compression.least_squares import LeastSquares
-from slm_pl.compression.plan import count_parameters
+from slm_pl.compression.plan import Plan, count_parameters
 from slm_pl.compression.target import layers_share
 from slm_pl.data import CalibrationSet, CalibrationText, EvaluationText, load_calibration, load_evaluation
 from slm_pl.evaluation import SEVEN_TASKS
@@ -53,8 +56,10 @@ from slm_pl.evaluation.efficiency.memory import PeakMeter
 from slm_pl.evaluation.perplexity import perplexity
 from slm_pl.evaluation.windows import Windows
 from slm_pl.evaluation.zero_shot import zero_shot
+from slm_pl.export import load_compressed, save_compressed
 from slm_pl.loading import load_model, load_tokenizer, resolve
 from tests.benchmarks.search import MB, MODEL, console
+from tests.benchmarks.zero_shot import timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -176,19 +181,61 @@ def cell(
     after, _ = meter.read()
     plan.save(work / f"{method} {layers}.json")
     surgery.apply(model, plan)
-    peak = {} if before is None or after is None else {"peak_bytes": after.max - before.max}
-    return {
-        "parameters": count_parameters(model) / total,
-        "seconds": seconds,
-        **peak,
-        **measure(model, texts, reference, data, limit),
+    row = {"parameters": count_parameters(model) / total, "seconds": seconds}
+    if before is not None and after is not None:
+        row["peak_bytes"] = after.max - before.max
+    return row | measure(model, texts, reference, data, limit)
+
+
+def recover(plan: Plan, folder: Path, work: Path, steps: int) -> "PreTrainedModel":
+    """Carries out a plan and trains with the program's own command; the export of its last weights."""
+    model = load_model(resolve(MODEL), dtype="float32")
+    surgery.apply(model, plan)
+    save_compressed(model, load_tokenizer(resolve(MODEL)), folder / "pruned", [plan], recovered=False, overwrite=True)
+    export = {"output_dir": str((folder / "recovered").resolve()), "weights": "last"}
+    config = {
+        "model": {
+            "pretrained": str((folder / "pruned").resolve()),
+            "dtype": "float32",
+            "lora": {"r": 16, "alpha": 32, "dropout": 0.0},
+            "learning_rate": 1e-3,
+            "warmup_steps": 20,
+            "distillation": {"weight": 1.0},
+        },
+        "data": {
+            "class_path": "slm_pl.data.TextDataModule",
+            "init_args": {
+                "source": str((work / "c4_calibration.jsonl").resolve()),
+                "sequence_length": 128,
+                "batch_size": 4,
+                "val_size": 0,
+            },
+        },
+        "trainer": {
+            "default_root_dir": str((folder / "run").resolve()),
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "max_steps": steps,
+            "gradient_clip_val": 1.0,
+            "enable_checkpointing": False,
+            "callbacks": [{"class_path": "callbacks.ExportCheckpoint", "init_args": export}],
+        },
     }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "main.py", "fit", "--config", str((folder / "config.yaml").resolve()), "--overwrite"]
+    timed(command, folder / "output.txt")
+    return load_compressed(folder / "recovered")[0]
+
+
+HEADERS = ("WikiText-2", "C4", "KL", "zero-shot")
 
 
 def table(rows: dict[str, dict[str, float]], dense: dict[str, float]) -> Table:
     """One row for each method and size; the best of each size is bold."""
-    shown = Table(title="SmolLM2-135M in float32, nothing trained")
-    for name in ("layers less", "method", "parameters", "WikiText-2", "C4", "KL", "zero-shot", "search", "peak"):
+    shown = Table(title="SmolLM2-135M in float32")
+    again = [f"{name}, recovered" for name in HEADERS] if any("recovered_c4" in row for row in rows.values()) else []
+    for name in ("layers less", "method", "parameters", *HEADERS, "search", "peak", *again):
         shown.add_column(name, justify="left" if name == "method" else "right")
     shown.add_row("–", "dense", "100 %", *_figures(dense, []), "–", "–")
     for size in SIZES:
@@ -196,19 +243,27 @@ def table(rows: dict[str, dict[str, float]], dense: dict[str, float]) -> Table:
         shown.add_section()
         for method, row in sorted(own.items(), key=lambda item: item[1]["wikitext"]):
             peak = f"{row['peak_bytes'] / MB:,.0f} MB" if "peak_bytes" in row else "–"
-            figures = _figures(row, list(own.values()))
-            shown.add_row(str(size), method, f"{row['parameters']:.1%}", *figures, f"{row['seconds']:.0f} s", peak)
+            shown.add_row(
+                str(size),
+                method,
+                f"{row['parameters']:.1%}",
+                *_figures(row, list(own.values())),
+                f"{row['seconds']:.0f} s",
+                peak,
+                *(_figures(row, list(own.values()), "recovered_") if again else []),
+            )
     return shown
 
 
-def _figures(row: dict[str, float], others: Sequence[dict[str, float]]) -> list[str]:
+def _figures(row: dict[str, float], others: Sequence[dict[str, float]], when: str = "") -> list[str]:
     cells = []
-    for name, best in (("wikitext", min), ("c4", min), ("kl", min), ("zero_shot", max)):
+    for figure, best in (("wikitext", min), ("c4", min), ("kl", min), ("zero_shot", max)):
+        name = when + figure
         if name not in row:
             cells.append("–")
             continue
         value = row[name]
-        text = f"{value:.1%}" if name == "zero_shot" else f"{value:.3f}" if name == "kl" else f"{value:,.1f}"
+        text = f"{value:.1%}" if figure == "zero_shot" else f"{value:.3f}" if figure == "kl" else f"{value:,.1f}"
         first = bool(others) and value == best(other[name] for other in others if name in other)
         cells.append(f"[bold]{text}[/bold]" if first else text)
     return cells
@@ -222,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=25, help="questions of each task; 0 asks none")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--layers", nargs="*", type=int, choices=SIZES, default=list(SIZES))
+    parser.add_argument("--recover", type=int, default=0, metavar="STEPS", help="also train so many steps; 0 for none")
     parser.add_argument("--output", type=Path, default=Path("runs/quality"))
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -249,6 +305,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep(name, cell(method, size, texts, reference, options.data, options.limit, options.output))
             row = rows[name]
             console.print(f"{name}: {row['wikitext']:.1f} on WikiText-2, {row['c4']:.1f} on C4, {row['seconds']:.0f} s")
+        if options.recover and rows[name].get("recovered_steps") != options.recover:
+            plan = Plan.load(options.output / f"{name}.json")
+            trained = recover(plan, options.output / name.replace(" ", "_"), options.output, options.recover)
+            found = measure(trained, texts, reference, options.data, options.limit)
+            keep(
+                name,
+                rows[name]
+                | {"recovered_steps": options.recover}
+                | {f"recovered_{figure}": value for figure, value in found.items()},
+            )
+            console.print(f"{name}: {found['wikitext']:.1f} and {found['c4']:.1f} after {options.recover} steps")
     console.print(table(rows, rows["dense"]))
     return 0
 

@@ -264,6 +264,7 @@ def _search_in_one_of_two(rank: int, directory: str) -> None:
     (Path(directory) / f"plan_{rank}.json").write_text(plan.to_json())
 
 
+@pytest.mark.long
 def test_two_processes_search_as_one(tmp_path):
     in_two_processes(_search_in_one_of_two, tmp_path)
     first, second = ((tmp_path / f"plan_{rank}.json").read_text() for rank in range(2))

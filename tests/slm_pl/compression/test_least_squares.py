@@ -298,6 +298,7 @@ def _fit_in_one_of_two(rank: int, directory: str) -> None:
     plan.save(Path(directory) / f"plan_{rank}.json")
 
 
+@pytest.mark.long
 def test_two_processes_fit_alike(tmp_path):
     in_two_processes(_fit_in_one_of_two, tmp_path)
     first, second = (Plan.load(tmp_path / f"plan_{rank}.json") for rank in range(2))
