@@ -6,8 +6,8 @@ writes (``down_proj``), and H the dense model's hidden state behind layer ``high
 
     Δ = argmin  Σ_t w_t ‖H_t − f(x)_t − Δ A_t‖² + λ · mean(diag G) · ‖Δ‖²,    w_t = 1 / ‖H_t‖²
 
-of which G, the sum of w_t times the outer product of A_t with itself, and C, that of A_t with H_t − f(x)_t, are all that
-has to be kept: Δ is the transpose of what solves (G + λ · mean(diag G) · I) X = C.
+of which G, the sum of w_t times the outer product of A_t with itself, and C, that of A_t with H_t − f(x)_t, are all
+that has to be kept: Δ is the transpose of what solves (G + λ · mean(diag G) · I) X = C.
 
 Every token's error counts relative to its hidden state, so that the first token of a sample, a sink of attention with a
 state a hundred times as long as others, neither decides everything nor is left free to move. Spans go from the bottom
