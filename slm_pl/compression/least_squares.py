@@ -96,6 +96,8 @@ class LeastSquares:
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
+        if self.outputs not in ("mlp", "both"):
+            raise UsageError(f"least_squares.outputs is {self.outputs!r}; allowed are mlp and both.")
         if not self.ridge or not all(0 < value < math.inf for value in self.ridge):
             raise UsageError(f"least_squares.ridge is {list(self.ridge)}; give one or more positive numbers.")
         if not 0 < self.held_out <= 0.5:
