@@ -79,7 +79,7 @@ def search_best_first(
         FloatingPointError: If every way to go on ruins the model.
     """
     kept: list[Partition] = [tuple(MergeLayers(layer, layer) for layer in range(num_layers))]
-    cost = costs.dense
+    cost = costs.dense if lazy else math.nan  # only then is it asked for before the first merger
     added: dict[MergeLayers, float] = {}
     trace: list[dict[str, JSONValue]] = []
     for phase in range(wanted):

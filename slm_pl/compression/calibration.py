@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from slm_pl.compression.architecture import backbone, decoder_layers, final_hidden_state, logits
-from slm_pl.compression.scores import Similarity
+from slm_pl.compression.architecture import backbone, decoder_layers, final_hidden_state
+from slm_pl.compression.scores import Similarity, next_token_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,15 +146,7 @@ def token_losses(model: "PreTrainedModel", hidden: Tensor, ids: Tensor, logits_b
     Returns:
         ``[batch, tokens - 1]``, float32 (float64 of a float64 model).
     """
-    targets = ids[:, 1:].reshape(-1)
-    final = final_hidden_state(model, hidden[:, :-1]).reshape(len(targets), -1)
-    size = max(1, logits_bytes // (4 * model.config.get_text_config().vocab_size))
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    losses = [
-        nn.functional.cross_entropy(logits(model, part).to(wide), wanted, reduction="none")
-        for part, wanted in zip(final.split(size), targets.split(size), strict=True)
-    ]
-    return torch.cat(losses).view(len(ids), -1)
+    return next_token_losses(model, final_hidden_state(model, hidden[:, :-1]), ids, logits_bytes)
 
 
 class LayerReplay:

@@ -84,8 +84,8 @@ class TokenCosine:
 
 
 @dataclass(frozen=True)
-class Divergence:
-    """Minus KL(dense || candidate) of the next token, in nats, averaged over the tokens.
+class _OfDistributions:
+    """Minus a mean over the samples of something in nats.
 
     Attributes:
         model: Lends its language-model head.
@@ -93,6 +93,14 @@ class Divergence:
 
     model: "PreTrainedModel"
     best: float = 0.0
+
+    def combine(self, means: list[float]) -> float:
+        """Minus their mean."""
+        return -means[0]
+
+
+class Divergence(_OfDistributions):
+    """Minus KL(dense || candidate) of the next token, in nats, averaged over the tokens."""
 
     def statistics(self, reference: Tensor, candidate: Tensor, ids: Tensor) -> Tensor:
         """The mean of each sample."""
@@ -102,40 +110,44 @@ class Divergence:
             rows.append(torch.where(p == -math.inf, 0, p.exp() * (p - q)).sum(-1))  # p log p is 0 where p is
         return torch.cat(rows).view(len(ids), -1).double().mean(1, keepdim=True)
 
-    def combine(self, means: list[float]) -> float:
-        """Minus their mean."""
-        return -means[0]
 
-
-@dataclass(frozen=True)
-class Likelihood:
-    """Minus the cross-entropy of the text under the candidate, in nats per token; the dense model is not asked.
-
-    Attributes:
-        model: Lends its language-model head.
-    """
-
-    model: "PreTrainedModel"
-    best: float = 0.0
+class Likelihood(_OfDistributions):
+    """Minus the cross-entropy of the text under the candidate, in nats per token; the dense model is not asked."""
 
     def statistics(self, reference: Tensor, candidate: Tensor, ids: Tensor) -> Tensor:
         """The mean of each sample."""
-        targets = ids[:, 1:].flatten()
-        parts = list(_slices(self.model, candidate[:, :-1]))
-        losses = [
-            torch.nn.functional.cross_entropy(logits(self.model, part).float(), wanted, reduction="none")
-            for part, wanted in zip(parts, targets.split([len(part) for part in parts]), strict=True)
-        ]
-        return torch.cat(losses).view(len(ids), -1).double().mean(1, keepdim=True)
-
-    def combine(self, means: list[float]) -> float:
-        """Minus their mean."""
-        return -means[0]
+        return next_token_losses(self.model, candidate[:, :-1], ids).double().mean(1, keepdim=True)
 
 
-def _slices(model: "PreTrainedModel", final: Tensor) -> tuple[Tensor, ...]:
+def next_token_losses(
+    model: "PreTrainedModel", final: Tensor, ids: Tensor, logits_bytes: int = _LOGITS_BYTES
+) -> Tensor:
+    """Cross-entropy of every next token, in nats, from final hidden states.
+
+    The logits of a slice of the tokens at a time are in memory, in float32.
+
+    Args:
+        model: Lends its language-model head.
+        final: Of the positions that predict a token, ``[batch, tokens - 1, hidden]``.
+        ids: Token ids, ``[batch, tokens]``.
+        logits_bytes: Most bytes of the logits of one slice.
+
+    Returns:
+        ``[batch, tokens - 1]``, float32 (float64 of a float64 model).
+    """
+    parts = _slices(model, final, logits_bytes)
+    targets = ids[:, 1:].flatten().split([len(part) for part in parts])
+    wide = torch.promote_types(final.dtype, torch.float32)
+    losses = [
+        torch.nn.functional.cross_entropy(logits(model, part).to(wide), wanted, reduction="none")
+        for part, wanted in zip(parts, targets, strict=True)
+    ]
+    return torch.cat(losses).view(len(ids), -1)
+
+
+def _slices(model: "PreTrainedModel", final: Tensor, logits_bytes: int = _LOGITS_BYTES) -> tuple[Tensor, ...]:
     """Final hidden states of few tokens at a time, ``[tokens, hidden]``, so that their logits take little memory."""
-    size = max(1, _LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
+    size = max(1, logits_bytes // (4 * model.config.get_text_config().vocab_size))
     return final.flatten(0, 1).split(size)
 
 

@@ -50,6 +50,7 @@ from slm_pl.compression.least_squares import LeastSquares
 from slm_pl.compression.plan import Plan, count_parameters
 from slm_pl.compression.target import layers_share
 from slm_pl.data import CalibrationSet, CalibrationText, EvaluationText, load_calibration, load_evaluation
+from slm_pl.data.corpora import joined
 from slm_pl.evaluation import SEVEN_TASKS
 from slm_pl.evaluation.drift import Reference, drift, reference_states
 from slm_pl.evaluation.efficiency.memory import PeakMeter
@@ -130,11 +131,10 @@ def read_texts(data: Path, wikitext: str | None, work: Path) -> Texts:
 
     def mixed(*texts: CalibrationText) -> CalibrationSet:
         """In an order in which every fourth sample is of each text as often as the others."""
-        samples = [load_calibration(text, tokenizer) for text in texts]
-        ids = [sample for part in samples for batch in part for sample in batch]
+        whole = joined([load_calibration(text, tokenizer) for text in texts])
+        ids = [sample.tolist() for batch in whole for sample in batch]
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()
-        text = replace(own, source=" + ".join(part.text.source for part in samples), samples=len(ids), batch_size=10)
-        return CalibrationSet.from_ids([ids[number].tolist() for number in order], text)
+        return CalibrationSet.from_ids([ids[number] for number in order], replace(whole.text, batch_size=10))
 
     return Texts(
         load_calibration(replace(own, samples=10, batch_size=10), tokenizer),
