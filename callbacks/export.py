@@ -45,7 +45,7 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
               init_args: {output_dir: runs/mine/export}
 
     Args:
-        output_dir: Where the model goes.
+        output_dir: Where the model goes; ``{run}`` in it stands for the run directory, ``trainer.default_root_dir``.
         compressed_dir: In ``fit``, also export the compressed model as it is before training, to measure it by itself.
             A run that goes on from a checkpoint leaves the one that is there. It is in the model's own dtype and never
             quantised.
@@ -68,11 +68,8 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
         dtype: DType = "auto",
         quantization: Quantization | None = None,
     ) -> None:
-        if compressed_dir is not None and (_holds(output_dir, compressed_dir) or _holds(compressed_dir, output_dir)):
-            raise UsageError(
-                f"output_dir is {output_dir} and compressed_dir is {compressed_dir}; give two "
-                "directories, neither in the other."
-            )
+        _check_apart(output_dir, compressed_dir)
+        self._given = (output_dir, compressed_dir)
         self.output_dir = output_dir
         self.compressed_dir = compressed_dir
         self.weights = weights
@@ -81,8 +78,19 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
 
     def check(self, trainer: pl.Trainer) -> None:
         """Refuses what would fail at the end, before the search starts."""
+        run = str(trainer.default_root_dir)
+        output_dir, compressed_dir = self._given
+        self.output_dir = output_dir.replace("{run}", run)
+        self.compressed_dir = compressed_dir and compressed_dir.replace("{run}", run)
+        _check_apart(self.output_dir, self.compressed_dir)
         directories = self._directories(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        module = trainer.lightning_module
+        if directories and getattr(module, "streaming", False) and (self.dtype != "auto" or self.quantization):
+            raise UsageError(
+                "callbacks.ExportCheckpoint was asked for another dtype or for int8, which takes the whole model in "
+                "memory, and model.streaming is on. Export it as it is, and change it where there is memory."
+            )
         if directories and any(isinstance(c, CompressionCallback) for c in callbacks[callbacks.index(self) :]):
             raise UsageError(
                 "callbacks.ExportCheckpoint stands above a compression callback and would export the model before it. "
@@ -116,6 +124,8 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
         self.check(trainer)
         if getattr(trainer, "pruning", False):
             self._export(trainer, pl_module, pl_module.load_model(), self.output_dir, recovered=False)
+        elif pl_module.model is None and sharding.is_sharded(trainer.strategy):
+            return  # nothing was compressed here, and no process is to hold the whole model
         elif stage == "fit" and self.compressed_dir in self._directories(trainer):
             assert self.compressed_dir is not None
             self._export(trainer, pl_module, pl_module.load_model(), self.compressed_dir, recovered=False)
@@ -168,6 +178,14 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
         own_code = on_first_rank(trainer, write)
         example = load_example(directory, own_code, quantization is not None)
         rank_zero_info(f"Exported to {directory}. Load it with:\n{example}")
+
+
+def _check_apart(output_dir: str, compressed_dir: str | None) -> None:
+    if compressed_dir is not None and (_holds(output_dir, compressed_dir) or _holds(compressed_dir, output_dir)):
+        raise UsageError(
+            f"output_dir is {output_dir} and compressed_dir is {compressed_dir}; give two directories, neither in the "
+            "other."
+        )
 
 
 def _may_replace(trainer: pl.Trainer) -> bool:

@@ -7,14 +7,13 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -23,9 +22,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from slm_pl import files, quantization
+from slm_pl.compression.target import share_of_each
 from slm_pl.data import TrainingData
 from slm_pl.errors import UsageError
 from slm_pl.module import CausalLM
+from slm_pl.parts import PartsFile, read
 from slm_pl.trainer import Trainer
 
 CONFIG_VERSION = 1
@@ -59,6 +60,13 @@ class CLI(LightningCLI):
             args=args,
         )
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser, with a ``--config`` that is put together from parts."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=PartsFile, help="A YAML; its parts are paths relative to it.")
+        return parser
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The trainer's entry points, and the arguments that are not options."""
@@ -70,6 +78,14 @@ class CLI(LightningCLI):
             parser.set_defaults({"data": {"class_path": "slm_pl.data.AlpacaDataModule"}})
         parser.add_argument(
             "--overwrite", action="store_true", help="Replace results and exports that an earlier run left."
+        )
+        parser.add_argument(
+            "--ratio",
+            type=float | None,
+            default=None,
+            help="Share of all parameters that the compression callbacks remove, in the place of their own sizes; "
+            "methods that remove layers meet it to the nearest layer. Several take the same share each of what the one "
+            "before left, which together is this. null leaves them their own.",
         )
         parser.add_argument(
             "--config_version", type=int, default=CONFIG_VERSION, help="Which version of these options a YAML is for."
@@ -100,6 +116,9 @@ class CLI(LightningCLI):
         checkpoint = self.config[self.subcommand].get("ckpt_path")
         if checkpoint not in (None, "best", "last") and not os.path.exists(checkpoint):
             raise UsageError(f"There is no checkpoint {checkpoint}. Give a path, `last` or `best`.")
+        ratio = self._get(self.config, "ratio")
+        if ratio is not None:
+            give_ratio(ratio, self._get(self.config, "trainer")["callbacks"] or [])
         self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -148,6 +167,34 @@ class CLI(LightningCLI):
         return kwargs
 
 
+def give_ratio(ratio: float, callbacks: Sequence[MutableMapping[str, Any]]) -> None:
+    """Tells the compression callbacks of a config how much to remove.
+
+    Args:
+        ratio: The share of all parameters.
+        callbacks: Of the config, ``class_path`` and all of ``init_args``; changed in place.
+
+    Raises:
+        UsageError: If none of them takes a ratio, or it is out of range.
+    """
+    methods = [callback["init_args"] for callback in callbacks if "ratio" in (callback.get("init_args") or {})]
+    if any(arguments.get("plan_path") for arguments in methods):
+        raise UsageError(
+            f"ratio is {ratio}, and a plan is given that says what to remove. Leave out one of them (--ratio null)."
+        )
+    if not methods:
+        raise UsageError(
+            f"ratio is {ratio}, and no callback removes a share of the model. Add one to trainer.callbacks."
+        )
+    if not 0 < ratio < 1:
+        raise UsageError(f"ratio is {ratio}; it is a share of all parameters, in (0, 1). For 20 % give 0.2.")
+    for arguments in methods:
+        for other in ("remove_layers", "threshold", "layer_ratio", "layers"):
+            if other in arguments:
+                arguments[other] = None
+        arguments["ratio"] = share_of_each(ratio, len(methods))
+
+
 def compare_parser() -> ArgumentParser:
     """Options of ``compare``."""
     parser = ArgumentParser(
@@ -165,7 +212,6 @@ def compare_parser() -> ArgumentParser:
 def sweep_parser() -> ArgumentParser:
     """Options of ``sweep``."""
     from slm_pl.sweep.config import SweepConfig
-    from slm_pl.sweep.parts import SweepFile
 
     parser = ArgumentParser(
         prog="main.py sweep",
@@ -176,7 +222,7 @@ def sweep_parser() -> ArgumentParser:
         "data on the hub, of Python modules of your own, and of files that other files name. configs/sweeps/ has "
         "examples.",
     )
-    parser.add_argument("--config", action=SweepFile, help="The sweep as YAML; its parts are paths relative to it.")
+    parser.add_argument("--config", action=PartsFile, help="The sweep as YAML; its parts are paths relative to it.")
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -280,14 +326,8 @@ def check_configs(args: Sequence[str], folder: str = "configs") -> bool:
                     f"There is no config file {path}. There are: {', '.join(there) or f'none in {folder}/'}."
                 )
             continue
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"The config {path} is no YAML that can be read: {error}") from error
-        content = content if isinstance(content, dict) else {}
+        content = read(Path(path))
         data = content.get("data")
-        if isinstance(data, str) and (part := Path(path).parent / data).is_file():
-            data = yaml.safe_load(part.read_text(encoding="utf-8"))
         named = named or (isinstance(data, dict) and "class_path" in data)
         version = content.get("config_version", CONFIG_VERSION)
         if version != CONFIG_VERSION:

@@ -40,6 +40,11 @@ def check_target(method: str, plan_path: str | None, controls: Mapping[str, floa
         raise UsageError(f"ratio is {ratio}; it is a share of all parameters, in (0, 1). For 20 % give 0.2.")
 
 
+def share_of_each(ratio: float, methods: int) -> float:
+    """What each of several methods removes of what the one before left, so that together they remove ``ratio``."""
+    return ratio if methods == 1 else 1 - (1 - ratio) ** (1 / methods)
+
+
 def check_protected(protect_first: int, protect_last: int) -> None:
     """Holds the numbers of protected layers to their range.
 

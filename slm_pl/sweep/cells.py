@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from slm_pl.compression.target import share_of_each
 from slm_pl.errors import UsageError
+from slm_pl.parts import Section, merge
 from slm_pl.sweep.config import SweepConfig
 from slm_pl.sweep.identity import Parts, digest, parts_of
-from slm_pl.sweep.parts import Section, merge
 
 _DATA = "slm_pl.data.AlpacaDataModule"
 _OTHER_SIZES = ("layer_ratio", "layers", "plan_path", "remove_layers", "threshold")
@@ -191,7 +192,7 @@ def _sized(callbacks: list[Section], method: str, ratio: float) -> list[Section]
             f"methods.{method} is to remove {size_text(ratio)}, and what its callbacks have as a ratio of their own is "
             "no less. Give them less, or leave this ratio out."
         )
-    equal = ratio if len(callbacks) == 1 else round(1 - left ** (1 / free), 6)
+    equal = ratio if len(callbacks) == 1 else round(share_of_each(1 - left, free), 6)
     return [
         {**callback, "init_args": {"ratio": equal, **own}} for callback, own in zip(callbacks, arguments, strict=True)
     ]

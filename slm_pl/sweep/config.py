@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from slm_pl.errors import UsageError
-from slm_pl.sweep.parts import Section
+from slm_pl.parts import Section
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _OWN_SECTIONS = {"default_root_dir": "output_dir", "callbacks": "methods, measure and recovery.callbacks"}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import slm_pl
-from slm_pl.sweep.parts import Section
+from slm_pl.parts import Section
 
 Parts = Mapping[str, str]
 """``program``, ``versions``, ``config`` and ``files``, so that a difference can be named."""

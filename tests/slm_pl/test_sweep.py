@@ -26,7 +26,7 @@ from slm_pl.errors import UsageError
 from slm_pl.report.rows import Cell as Figure
 from slm_pl.report.rows import Row
 from slm_pl.results import Environment, ModelIdentity, Results
-from slm_pl.sweep import board, engines, identity, parts, work
+from slm_pl.sweep import board, engines, identity, work
 from slm_pl.sweep.cells import Cell, plan_cells
 from slm_pl.sweep.config import Jobs, Recovery, SweepConfig
 from slm_pl.sweep.engines import CellJob
@@ -303,46 +303,6 @@ def test_dense_cell_is_the_same_with_other_seeds_and_calibration():
 
 
 # The configuration
-
-
-def test_parts_are_put_in_their_place(tmp_path):
-    (tmp_path / "parts" / "deep").mkdir(parents=True)
-    (tmp_path / "sweeps").mkdir()
-    (tmp_path / "parts" / "model.yaml").write_text("pretrained: a/b\nlearning_rate: 1e-4\n")
-    (tmp_path / "parts" / "recipe.yaml").write_text("data: deep/data.yaml\nmodel: {lora: {r: 8, alpha: 16}}\n")
-    (tmp_path / "parts" / "deep" / "data.yaml").write_text("path: rows.json\n")
-    (tmp_path / "parts" / "hook.yaml").write_text("class_path: callbacks.ZeroShot\ninit_args: {tasks: [own.yaml]}\n")
-    (tmp_path / "sweeps" / "s.yaml").write_text(
-        "model: ../parts/model.yaml\nmeasure: [../parts/hook.yaml]\n"
-        "recovery: [../parts/recipe.yaml, {model: {lora: {r: 4}}, trainer: {max_steps: 3}}]\n"
-    )
-    assert parts.read(tmp_path / "sweeps" / "s.yaml") == {
-        "model": {"pretrained": "a/b", "learning_rate": 1e-4},
-        "measure": [{"class_path": "callbacks.ZeroShot", "init_args": {"tasks": ["own.yaml"]}}],
-        "recovery": {
-            "data": {"path": "rows.json"},
-            "model": {"lora": {"r": 4, "alpha": 16}},
-            "trainer": {"max_steps": 3},
-        },
-    }
-    (tmp_path / "parts" / "deep" / "data.yaml").write_text("x: ../recipe.yaml\n")
-    with pytest.raises(UsageError, match="a part of itself"):
-        parts.read(tmp_path / "sweeps" / "s.yaml")
-    (tmp_path / "parts" / "deep" / "data.yaml").unlink()
-    with pytest.raises(UsageError, match=r"data.yaml, which .*recipe.yaml names"):
-        parts.read(tmp_path / "sweeps" / "s.yaml")
-    (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(UsageError, match="holds a list"):
-        parts.read(tmp_path / "list.yaml")
-
-
-def test_another_class_takes_the_place_of_one():
-    base = {"strategy": {"class_path": "A", "init_args": {"x": 1}}, "data": {"class_path": "A", "init_args": {"x": 1}}}
-    over = {"strategy": {"class_path": "B"}, "data": {"class_path": "A", "init_args": {"y": 2}}}
-    assert parts.merge(base, over) == {
-        "strategy": {"class_path": "B"},
-        "data": {"class_path": "A", "init_args": {"x": 1, "y": 2}},
-    }
 
 
 @pytest.mark.parametrize(
