@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 import callbacks
+from slm_pl import parts
 from slm_pl.cli import compare_parser, data_parser, main, sweep_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+CONFIGS = sorted(ROOT.glob("configs/quickstart*.yaml"))  # the others: test_published_configs.py
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -53,7 +54,8 @@ def test_published_recipe_is_in_the_llama_config(capsys, monkeypatch):
     assert (model["lora"]["r"], model["lora"]["alpha"], model["lora"]["dropout"]) == (8, 16, 0.05)
     assert (data["path"], data["cutoff"], data["val_size"]) == ("yahma/alpaca-cleaned", 256, 2000)
     merging = trainer["callbacks"][0]["init_args"]
-    assert (merging["threshold"], merging["other_parameters"]) == (0.72, "bottom")
+    assert (merging["consolidation"], merging["other_parameters"]) == ("keep_top", "bottom")
+    assert config["ratio"] == 0.2
 
 
 def within(part: dict, whole: dict) -> bool:
@@ -68,7 +70,7 @@ def within(part: dict, whole: dict) -> bool:
 def test_published_recipe_as_a_part_is_that_of_the_llama_config_and_combines(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     recipe = yaml.safe_load((ROOT / "configs/parts/recipe_lora_alpaca.yaml").read_text())
-    whole = yaml.safe_load((ROOT / "configs/llama2_13b_slm.yaml").read_text())
+    whole = parts.read(ROOT / "configs/llama2_13b_slm.yaml")
     assert within(recipe, whole)
     mine = tmp_path / "mine.yaml"
     mine.write_text(
@@ -100,6 +102,59 @@ def test_every_strategy_can_be_made(path):
         kind = {"deepspeed_2_offload": "offload_optimizer", "deepspeed_3_offload": "offload_param"}
         found = {name for name in strategy.config["zero_optimization"] if name.startswith("offload")}
         assert found == {kind[name] for name in kind if path.stem.endswith(name)}
+
+
+def test_ratio_is_given_to_the_methods_of_a_config_and_run_is_its_directory(pico_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    config = tmp_path / "mine.yaml"
+    two = [
+        {"class_path": "callbacks.SlidingWindowMerging", "init_args": {"remove_layers": 1}},
+        {"class_path": "callbacks.LLMPruner", "init_args": {"layer_ratio": 0.1, "attention_layers": [0, None]}},
+    ]
+    two[1]["init_args"]["mlp_layers"] = [0, None]
+    export = {"class_path": "callbacks.ExportCheckpoint", "init_args": {"output_dir": "{run}/made"}}
+    whole = {
+        "config_version": 1,
+        "parts": [str(ROOT / "configs/quickstart_prune.yaml")],
+        "model": {"pretrained": str(pico_dir)},
+        "trainer": {"default_root_dir": str(tmp_path / "run"), "callbacks": [*two, export]},
+    }
+    config.write_text(yaml.safe_dump(whole))
+    main(["prune", "--config", str(config), "--ratio", "0.3"])
+    saved = yaml.safe_load((tmp_path / "run" / "config_prune.yaml").read_text())
+    each = 1 - 0.7**0.5
+    first, second = (callback["init_args"] for callback in saved["trainer"]["callbacks"][:2])
+    assert (first["ratio"], first["remove_layers"]) == (pytest.approx(each), None)
+    assert (second["ratio"], second["layer_ratio"]) == (pytest.approx(each), None)
+    plans = [json.loads((tmp_path / "run" / "made" / name).read_text()) for name in ("plan.json", "plan.2.json")]
+    assert [plan["method"]["class_path"] for plan in plans] == [callback["class_path"] for callback in two]
+
+    config.write_text(yaml.safe_dump({**whole, "trainer": {**whole["trainer"], "callbacks": [export]}}))
+    planned = [{"class_path": "callbacks.SLEB", "init_args": {"plan_path": "plan.json"}}]
+    for value, said in (("0.3", "no callback removes a share"), ("1.2", "it is a share"), ("0.2", "a plan is given")):
+        with pytest.raises(SystemExit) as done:
+            main(["prune", "--config", str(config), "--ratio", value, "--overwrite"])
+        assert done.value.code == 1
+        assert said in capsys.readouterr().err
+        methods = two if value == "0.3" else planned
+        config.write_text(yaml.safe_dump({**whole, "trainer": {**whole["trainer"], "callbacks": methods}}))
+
+
+def test_one_config_adds_to_the_lists_of_the_one_before_and_names_files_beside_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "text.yaml").write_text("{source: books.txt, samples: 3}\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "trainer: {callbacks+: [{class_path: callbacks.RepresentationSimilarity, init_args: {text: text.yaml}}]}\n"
+        "data: {calibration: text.yaml}\n"
+    )
+    config = parses(["fit", "--config", "configs/quickstart.yaml", "--config", str(mine)], capsys)
+    names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
+    assert names[0] == "callbacks.SlidingWindowMerging"
+    assert names[-1] == "callbacks.RepresentationSimilarity"
+    assert len(names) == 5
+    for text in (config["data"]["init_args"]["calibration"], config["trainer"]["callbacks"][-1]["init_args"]["text"]):
+        assert (text["source"], text["samples"]) == ("books.txt", 3)
 
 
 def readme_commands() -> list[str]:
