@@ -28,6 +28,7 @@ from slm_pl.compression.plan import (
     count_parameters,
     plan_name,
 )
+from slm_pl.compression.streaming import Spill, streaming
 from slm_pl.console import progress
 from slm_pl.data import CalibrationSet, CalibrationText, TrainingData
 from slm_pl.errors import UsageError
@@ -97,6 +98,13 @@ def on_its_device(trainer: pl.Trainer, pl_module: CausalLM) -> "Iterator[PreTrai
     """
     model = pl_module.load_model()
     device, training = pl_module.device, model.training
+    if pl_module.streaming:
+        try:
+            with torch.no_grad(), streaming(model.eval(), trainer.strategy.root_device):
+                yield model
+        finally:
+            model.train(training)
+        return
     nn.Module.to(model, trainer.strategy.root_device).eval()
     try:
         with torch.no_grad():
@@ -117,6 +125,8 @@ class CompressionCallback(pl.Callback, ABC):
         plan_path: A ``plan.json`` to apply instead of searching.
     """
 
+    computes_with_weights = False
+    """Whether :meth:`plan` computes with weights outside of a forward pass; then layers cannot stream to a GPU."""
     consolidation: str = "drop"
     least_squares = LeastSquares()
     """Methods that remove layers take both as arguments."""
@@ -200,7 +210,7 @@ class CompressionCallback(pl.Callback, ABC):
                 with on_its_device(trainer, pl_module):
                     callback.on_plan(trainer, pl_module, plan)
         before = plan.base
-        surgery.apply(model, plan)
+        surgery.apply(model, plan, Spill(trainer.default_root_dir) if pl_module.streaming else lambda new: None)
         pl_module.plans.append(plan)
         self._applied = plan
         parameters = count_parameters(model)
@@ -260,6 +270,12 @@ class CompressionCallback(pl.Callback, ABC):
         if trainer.ckpt_path is not None and on_first_rank(trainer, run_plan.is_file):
             rank_zero_info(f"{type(self).__name__}: resuming with the plan in {run_plan}")
             return self._load(trainer, run_plan)
+        device = trainer.strategy.root_device
+        if pl_module.streaming and device.type != "cpu" and (self.computes_with_weights or self.refit is not None):
+            raise UsageError(
+                f"model.streaming is on and the device is {device}, but {type(self).__name__} computes with weights "
+                "that are not there, as it is asked. Give --trainer.accelerator cpu."
+            )
         with on_its_device(trainer, pl_module) as model:
             calibration = self._text(trainer, self.uses_calibration, lambda data: data.calibration_batches())
             fitting = self._text(trainer, self.refit is not None, lambda data: data.fitting_batches())

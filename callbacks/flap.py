@@ -76,6 +76,8 @@ class FLAP(CompressionCallback):
         UsageError: If ``ratio`` is missing, or arguments are out of range or exclude each other.
     """
 
+    computes_with_weights = True
+
     def __init__(
         self,
         ratio: float | None = None,

@@ -91,6 +91,8 @@ class LLMPruner(CompressionCallback):
             other.
     """
 
+    computes_with_weights = True
+
     def __init__(
         self,
         ratio: float | None = None,

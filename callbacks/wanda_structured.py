@@ -44,6 +44,8 @@ class WandaStructured(CompressionCallback):
         UsageError: If ``ratio`` is missing or out of range.
     """
 
+    computes_with_weights = True
+
     def __init__(self, ratio: float | None = None, plan_path: str | None = None) -> None:
         super().__init__(plan_path)
         check_target("WandaStructured", plan_path, {"ratio": ratio})

@@ -16,6 +16,7 @@ from torch import Tensor
 from slm_pl import files, loading, sharding
 from slm_pl.compression.architecture import ARCHITECTURES, num_layers
 from slm_pl.compression.plan import count_parameters, load_plans
+from slm_pl.compression.streaming import check_dtype, check_streamed
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.generation import complete
 from slm_pl.quantization import INT8, compress_first, quantization_of
@@ -44,6 +45,8 @@ class CausalLM(RecoveryModule):
         dtype: In which the weights are loaded; ``auto`` is the checkpoint's.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, …; null lets transformers choose.
         trust_remote_code: Run Python code that the checkpoint brings along. Off unless you have read that code.
+        streaming: For ``prune`` of a model that is larger than memory: weights stay in their files and are read layer
+            by layer (:mod:`slm_pl.compression.streaming`). Plan and export are the same.
         quantization: ``int8``: the weights of the linear maps as int8 with torchao, except those of the language-model
             head and of experts; for ``test``, ``validate`` and ``predict`` without compression. To compress, train and
             then quantise, give it to ``callbacks.ExportCheckpoint``. A checkpoint that is quantised needs no switch.
@@ -66,6 +69,7 @@ class CausalLM(RecoveryModule):
         dtype: loading.DType = "auto",
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        streaming: bool = False,
         quantization: loading.Quantization | None = None,
         lora: LoRA | None = LoRA(),  # noqa: B008  frozen
         learning_rate: float = 1e-4,
@@ -86,6 +90,7 @@ class CausalLM(RecoveryModule):
         self.pretrained = pretrained
         self.dtype_name = dtype
         self.attn_implementation = attn_implementation
+        self.streaming = streaming
         self.quantization = quantization
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
@@ -109,7 +114,12 @@ class CausalLM(RecoveryModule):
     def load_model(self) -> "PreTrainedModel":
         """The Hugging Face model, loaded on first use; compression callbacks work on it before LoRA wraps it."""
         if self.model is None:
-            self.model = loading.load_model(self.source, self.dtype_name, self.attn_implementation, self.quantization)
+            if self.streaming:
+                check_dtype(loading.read_config(self.source), self.dtype_name)  # before anything large is read
+            model = loading.load_model(self.source, self.dtype_name, self.attn_implementation, self.quantization)
+            if self.streaming:
+                check_streamed(model)
+            self.model = model
         return cast("PreTrainedModel", self.model)
 
     def check_run(self, stage: str) -> None:
@@ -124,6 +134,11 @@ class CausalLM(RecoveryModule):
             self.check_unquantised("exported again" if pruning else "trained")
         elif self.trainer.ckpt_path is not None:
             self.check_unquantised("replaced by those of a checkpoint")
+        if self.streaming and not pruning:
+            raise UsageError(
+                f"model.streaming is for prune, and this is {getattr(stage, 'value', stage)}. Prune with it, then give "
+                "the export as model.pretrained."
+            )
         path = results_file(self.trainer)
         if stage == "test" and path.exists() and not may_overwrite(self.trainer):
             raise UsageError(
@@ -225,6 +240,8 @@ class CausalLM(RecoveryModule):
             self._teacher = Teacher.load(self.distillation, self.source, self.plans, self.plain, self.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
+        if self.streaming:
+            return self  # the weights stay in their files
         # A run in 16 bit as a whole casts everything. Transformers keeps the frequencies of rotary embeddings in
         # float32 whatever the dtype of the weights: rounded, a position of 256 would be off by a tenth of a radian. And
         # AdamW cannot train adapters in bfloat16: most updates, and the decay of its moments, are below its precision.

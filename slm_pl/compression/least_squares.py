@@ -47,7 +47,7 @@ from slm_pl.compression.calibration import (
     run_layers,
     sample_number,
 )
-from slm_pl.compression.normal_equations import NormalEquations, fitted_outputs, sum_over_ranks, token_weights
+from slm_pl.compression.normal_equations import SLICE, NormalEquations, fitted_outputs, sum_over_ranks, token_weights
 from slm_pl.compression.plan import JSONValue, Plan, RefitOutput, Step
 from slm_pl.compression.spans import Span, spans
 from slm_pl.compression.spool import Spool
@@ -140,9 +140,9 @@ def fit_outputs(
 
     It takes one pass of the dense model's layers, one of the compressed model's, and for each fit the layer once for G
     and C, and once for each λ on the samples held out; and one pass over a chunk for every length of sample. Memory
-    above the weights, whatever the number of tokens: two hidden states of one chunk, the activations of one layer, G,
-    its factor and the factor once more while it is solved with, and masks and position embeddings for each length of
-    sample. The hidden states of all samples are in two temporary files, and what was fitted in main memory.
+    above the weights, whatever the number of tokens: two hidden states of one chunk, the activations of one layer, G
+    and its factor, C and Δ, and masks and position embeddings for each length of sample. The hidden states of all
+    samples are in two temporary files, and what was fitted in main memory.
 
     Args:
         model: The model that the plan was computed on; it is only read.
@@ -315,8 +315,9 @@ class _Walk:
             hidden, target = self._own.read(number), self._dense.read(number)
             result = equations.observe(layer, hidden, chunk.arguments[span.layer], target, learn=not chunk.held_out)
             if chunk.held_out:
-                squares += _squares(target - result, token_weights(target))
+                squares += _squares(target, result)
                 tokens += target.shape[0] * target.shape[1]
+            del hidden, target, result  # before those of the next chunk are there
         self._runs += self._own_samples
         equations.over_ranks()
         squares, tokens = self._total([squares, tokens])
@@ -347,8 +348,9 @@ class _Walk:
             if chunk.held_out:
                 result = first_of(layer(self._own.read(number), **chunk.arguments[span.layer]))
                 target = self._dense.read(number)
-                squares += _squares(target - result, token_weights(target))
+                squares += _squares(target, result)
                 self._runs += chunk.shape[0]
+                del target, result
         (total,) = self._total([squares])
         return total if math.isfinite(total) else math.inf
 
@@ -368,5 +370,8 @@ def _portions(samples: Sequence[Tensor], period: int) -> Iterator[tuple[Tensor, 
             yield ids, held_out
 
 
-def _squares(errors: Tensor, weights: Tensor) -> float:
-    return float((errors.double().square() * weights).sum())
+def _squares(target: Tensor, result: Tensor) -> float:
+    """Σ w_t ‖H_t − f(x)_t‖² of a chunk."""
+    pairs = zip(target.flatten(0, 1).split(SLICE), result.flatten(0, 1).split(SLICE), strict=True)
+    sums = [((goal - made).double().square() * token_weights(goal)).sum() for goal, made in pairs]
+    return float(torch.stack(sums).sum())

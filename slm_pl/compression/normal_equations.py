@@ -97,11 +97,17 @@ class NormalEquations:
             factor, failed = torch.linalg.cholesky_ex(self.gram)
         finally:
             diagonal.copy_(own)
-        # Without any input that moves, G has no factor.
-        change = torch.zeros_like(self.cross) if failed else torch.cholesky_solve(self.cross, factor).contiguous()
+        change = self.cross.T.contiguous()
+        if failed:  # without any input that moves, G has no factor
+            change.zero_()
+        else:
+            # Both in place, column after column: cholesky_solve would copy the factor, which is as large as G.
+            columns = change.T
+            torch.linalg.solve_triangular(factor, columns, upper=False, out=columns)
+            torch.linalg.solve_triangular(factor.mT, columns, upper=True, out=columns)
         if distributed():
             dist.broadcast(change, 0)
-        return change.T
+        return change
 
     def refitted(self, layer: MergedLayer, ridge: float) -> tuple[MergedLayer, dict[str, Tensor]]:
         """The layer with the solution added to its map, and the new parameters: the weight, then a bias if any."""

@@ -18,7 +18,7 @@ A layer that keeps some of its channels keeps their weights as they are; the con
 in the fields of the stock class if all layers share them, else in ``layer_widths``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -183,12 +183,22 @@ def merge(
     return growing.layer()
 
 
-def apply(model: "PreTrainedModel", plan: Plan) -> None:
+Settle = Callable[[Iterable[nn.Parameter]], None]
+"""Called with parameters that were made anew."""
+
+
+def apply(model: "PreTrainedModel", plan: Plan, settle: Settle = lambda parameters: None) -> None:
     """Carries out a plan on the model it was computed on, in place.
 
     Afterwards the layer count and every per-layer list of the config and each layer's cache index are right:
     ``generate(use_cache=True)`` works, and ``save_pretrained`` writes a checkpoint that stock transformers loads if all
     layers have one width; else :func:`slm_pl.export.save_compressed` adds the code that loads it.
+
+    Args:
+        model: The model.
+        plan: What is to be done to it.
+        settle: Called after each layer (of the hidden state, after each parameter) that became narrower, so that what
+            was made anew need not stay in memory.
 
     Raises:
         UsageError: As :func:`slm_pl.compression.feasibility.check`; the model is unchanged then.
@@ -204,9 +214,10 @@ def apply(model: "PreTrainedModel", plan: Plan) -> None:
     for narrowed in narrow:
         assert layout is not None
         _keep_channels(model, narrowed, layout, plan.tensors)
+        settle(layers[narrowed.layer].parameters())
     for step in plan.steps:
         if isinstance(step, KeepHidden):
-            _keep_hidden(model, step.indices)
+            _keep_hidden(model, step.indices, settle)
         elif isinstance(step, MergeLayers):
             window = layers[step.low : step.high + 1]
             merged = merge(window, step.consolidation, step.other_parameters, architecture).materialise()
@@ -293,11 +304,12 @@ def _say_widths(model: "PreTrainedModel", layout: Layout) -> None:
 
 
 @torch.no_grad()
-def _keep_hidden(model: "PreTrainedModel", indices: tuple[int, ...]) -> None:
+def _keep_hidden(model: "PreTrainedModel", indices: tuple[int, ...], settle: Settle) -> None:
     """Makes the hidden state narrower everywhere; the weights of its remaining channels stay as they are."""
     parameters = dict(model.named_parameters())
     for name, axis in hidden_axes(model).items():
         parameter = parameters[name]
         # In place, so that tied tensors stay tied.
         parameter.data = parameter.data.index_select(axis, torch.tensor(indices, device=parameter.device))
+        settle([parameter])
     set_hidden_size(model, len(indices))

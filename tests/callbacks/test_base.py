@@ -208,7 +208,7 @@ def test_a_plan_that_cannot_be_carried_out_is_not_written(pico_dir, tmp_path):
 def test_plan_is_written_before_any_weight_changes(pico_dir, tmp_path, monkeypatch):
     written = []
 
-    def interrupted(model, plan):
+    def interrupted(model, plan, settle):
         written.append((tmp_path / "plan.json").read_text() == plan.to_json())
         raise KeyError("power cut")
 
