@@ -42,8 +42,8 @@ compare-methods: install  ## Make SmolLM2-135M 16 % smaller with every method, d
 sweep: install  ## Six methods at two sizes on SmolLM2-135M, one table
 	$(QUICKSTART) sweep --config configs/sweeps/quickstart.yaml
 
-test: install  ## Run the tests
-	$(BIN)/python -m pytest
+test: install  ## Run the tests, a file at a time on each core
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: install  ## Check style and types
 	$(BIN)/ruff check .
@@ -59,6 +59,7 @@ bench: install  ## Run the benchmarks (minutes)
 	$(BIN)/python -m tests.benchmarks.training_memory
 	$(BIN)/python -m tests.benchmarks.efficiency
 	$(BIN)/python -m tests.benchmarks.least_squares
+	$(BIN)/python -m tests.benchmarks.streaming
 
 clean:  ## Remove runs and caches
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -211,7 +211,8 @@ def block_importance(plan: Plan) -> bytes | None:
     """Draws the score of every candidate layer as bars: the less, the less the model misses it.
 
     Where layers went one after another, the bars are of the first phase, the numbers on them say in which order layers
-    went, and a map below shows every candidate's score in every phase.
+    went, and a map below shows every candidate's score in every phase. Of layers that were merged, the bars are of
+    every two neighbours, and the map shows how far the window reaches that each phase made.
 
     Returns:
         A PNG, or None if the plan's trace does not hold scores of layers.
@@ -225,6 +226,7 @@ def block_importance(plan: Plan) -> bytes | None:
     dense = plan.outcome.get("dense_score")
     base, cap = _bar_range([score.value for score in first], cast(float, dense) if is_number(dense) else None)
     dropped = [layer for step in plan.steps if isinstance(step, DropLayers) for layer in step.layers]
+    windows = [(step.low, step.high) for step in plan.steps if isinstance(step, MergeLayers)]
     with plain_text():
         width = max(6.5, min(14.0, 2.0 + 0.26 * len(first)))
         figure = new_figure(width, 5.6 if later else 3.8)
@@ -234,7 +236,7 @@ def block_importance(plan: Plan) -> bytes | None:
         else:
             above = below = figure.subplots()
         order = {score.layer: score.phase - start + 1 for score in reversed(scores) if score.removed}
-        _draw_bars(above, first, dropped, order if later else {}, base, cap)
+        _draw_bars(above, first, dropped, windows, order if later and not windows else {}, base, cap)
         if is_number(dense):
             above.axhline(base, color=GREY, linewidth=1, label=f"dense {base:.4g}")
         what = shortened(str(plan.outcome.get("score", "score")), 60)
@@ -244,11 +246,14 @@ def block_importance(plan: Plan) -> bytes | None:
         above.legend(fontsize=8, frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
         runs = any(score.last != score.layer for score in first)
         length = first[0].last - first[0].layer + 1
-        below.set_xlabel(f"first of {length} decoder layers" if runs else "decoder layer", fontsize=9)
+        if windows:
+            below.set_xlabel("lowest decoder layer of the window", fontsize=9)
+        else:
+            below.set_xlabel(f"first of {length} decoder layers" if runs else "decoder layer", fontsize=9)
         name = plan.method.class_path.rpartition(".")[2]
         arguments = plan.method.init_args
         how = next((arguments[key] for key in ("criterion", "distance", "similarity") if key in arguments), "")
-        merged = sum(step.high - step.low for step in plan.steps if isinstance(step, MergeLayers))
+        merged = sum(high - low for low, high in windows)
         left = plan.base.num_layers - len(dropped) - merged
         set_title(figure, f"{name}{f' ({how})' if how else ''}: {plan.base.num_layers} → {left} layers")
         return to_png(figure)
@@ -276,18 +281,28 @@ def _bar_range(values: list[float], dense: float | None) -> tuple[float, float]:
 
 
 def _draw_bars(
-    axes: "Axes", scores: list[_Score], dropped: list[int], order: dict[int, int], base: float, cap: float
+    axes: "Axes",
+    scores: list[_Score],
+    dropped: list[int],
+    windows: list[tuple[int, int]],
+    order: dict[int, int],
+    base: float,
+    cap: float,
 ) -> None:
     from matplotlib.ticker import MaxNLocator
 
     runs = any(score.last != score.layer for score in scores)
 
     def kind(score: _Score) -> str:
+        if windows:
+            inside = any(low <= score.layer and score.last <= high for low, high in windows)
+            return "merged in the end" if inside else "apart"
         if score.removed if runs else score.layer in dropped:
             return "removed"
         return "protected" if score.protected else "kept"
 
     colours = {"removed": _REJECTED, "kept": _ACCEPTED, "protected": "#BBBBBB"}
+    colours |= {"merged in the end": _MERGED, "apart": _ACCEPTED}
     for name, colour in colours.items():
         own = [score for score in scores if kind(score) == name]
         if own:
@@ -342,9 +357,12 @@ def _draw_phases(axes: "Axes", scores: list[_Score]) -> None:
     # Colours are for the candidates that are close; the ruinous ones share the last.
     usual = sorted(score.value - least[score.phase] for score in scores)[int(0.75 * (len(scores) - 1))]
     image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=usual or None, interpolation="nearest")
-    gone = [score for score in scores if score.removed]
-    places = [rows[score.phase] for score in gone]
-    axes.scatter([score.layer for score in gone], places, marker="x", s=28, color=_REJECTED, linewidths=2)
+    for score in scores:
+        if score.removed and score.last > score.layer:
+            ends = [score.layer, score.last]
+            axes.plot(ends, [rows[score.phase]] * 2, marker="o", markersize=4, color=_REJECTED, linewidth=2)
+        elif score.removed:
+            axes.scatter([score.layer], [rows[score.phase]], marker="x", s=28, color=_REJECTED, linewidths=2)
     axes.set_ylabel("phase", fontsize=9)
     axes.set_yticks(range(len(phases)), [str(phase + 1) for phase in phases])
     if len(phases) > 12:

@@ -65,13 +65,14 @@ def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     config["data"]["calibration"].update(samples=2, sequence_length=48)
+    config["data"]["fitting"][0].update(samples=2, sequence_length=48)
     config["data"].update(batch_size=2, val_size=2, cutoff=48, max_rows=40)
     trainer = config["trainer"]
     trainer.update(default_root_dir=str(tmp_path), max_steps=2, val_check_interval=2, logger=False)
     merging, similarity, export, checkpoint = trainer["callbacks"]
     trainer["callbacks"][-1] = yaml.safe_load((ROOT / "configs" / checkpoint).read_text())
     assert similarity == {"class_path": "callbacks.RepresentationSimilarity"}
-    merging["init_args"] = {"remove_layers": 4}
+    merging["init_args"]["remove_layers"] = 4
     export["init_args"] = {"output_dir": str(tmp_path / "export"), "compressed_dir": str(tmp_path / "pruned")}
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", str(tmp_path / "fit.yaml")])
@@ -101,7 +102,11 @@ def test_prune_two_training_steps_export_test(tmp_path, monkeypatch):
     assert set(results["missing"]) == {"gpu_utilisation", "gpu_energy", "gpu_memory"}
 
     # The pictures of the dense model and of the search go with both exports.
-    for name in ("representation_similarity_before.json", "representation_similarity_before.png", "search_trace.png"):
+    for name in (
+        "representation_similarity_before.json",
+        "representation_similarity_before.png",
+        "block_importance.png",
+    ):
         assert (tmp_path / "export" / name).read_bytes() == (tmp_path / "pruned" / name).read_bytes()
     matrix = json.loads((tmp_path / "export" / "representation_similarity_before.json").read_text())["matrix"]
     assert (len(matrix), len(matrix[0])) == (30, 30)

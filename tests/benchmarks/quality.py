@@ -6,22 +6,25 @@ of the parameters. One row is
 * *perplexity* on the first 4,096 tokens of WikiText-2 (``--wikitext``: token ids; else the raw test set of ``DIR``) and
   of C4 documents that nothing was calibrated on, in windows of 128;
 * *KL* from the dense model's distribution of the next token, in nats, on the first 2,048 of these C4 tokens;
-* *zero-shot*, the mean accuracy over the seven tasks, ``--limit`` questions each;
+* *zero-shot*, the mean accuracy over the seven tasks, ``--limit`` questions each, of the weights in bfloat16;
 * *search*: seconds of deciding everything, search and fits, and the peak of the process' memory above what it had with
   the weights read; loading and measuring are in neither;
-* *recovered*, with ``--recover STEPS``: the perplexities and the accuracy once more after so many steps of ``main.py
-  fit`` on 4 x 128 tokens of the calibration documents, LoRA and distillation, the same for all methods.
+* *recovered*, with ``--recover STEPS``: the same figures once more after so many steps of ``main.py fit`` on 128
+  tokens of the calibration documents each, LoRA and distillation in bfloat16, the same for all methods.
 
 ``DIR`` holds ``c4/train.jsonl``, ``gutenberg/gutenberg_paragraphs.jsonl`` and ``lm_eval/<task>/<split>.jsonl``. Of the
 C4 documents the first 200 are for calibration, the rest for evaluation. All methods calibrate on the same 10 x 128
 tokens; the search that refits its candidates scores on as many and fits on 30 x 128; least squares fits on some 30k
-others. Rows that ``--output`` holds are not made again, so that the command may be interrupted; rows of other options
-are made anew.
+others. ``--output`` holds a file for each row, and what is in it is not made again, so that the command may be
+interrupted, and all but the seconds may be measured by several at a time (``--methods``); figures of other options are
+made anew. ``--decide`` ends with the searches.
 """
 
 import argparse
 import itertools
 import json
+import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -57,7 +60,7 @@ from slm_pl.evaluation.efficiency.memory import PeakMeter
 from slm_pl.evaluation.perplexity import perplexity
 from slm_pl.evaluation.windows import Windows
 from slm_pl.evaluation.zero_shot import zero_shot
-from slm_pl.export import load_compressed, save_compressed
+from slm_pl.export import save_compressed
 from slm_pl.loading import load_model, load_tokenizer, resolve
 from tests.benchmarks.search import MB, MODEL, console
 from tests.benchmarks.zero_shot import timed
@@ -147,7 +150,7 @@ def read_texts(data: Path, wikitext: str | None, work: Path) -> Texts:
 
 
 def measure(model: "PreTrainedModel", texts: Texts, reference: Reference, data: Path, limit: int) -> dict[str, float]:
-    """All but the search."""
+    """All but the search; leaves the weights of ``model`` in bfloat16, in which the questions are asked."""
     quiet = {"show_progress": False}
     row = {
         "wikitext": perplexity(model, texts.wikitext, "wikitext2", **quiet).value,
@@ -155,15 +158,15 @@ def measure(model: "PreTrainedModel", texts: Texts, reference: Reference, data: 
         "kl": drift(model, texts.compared, reference, "c4", **quiet).kl,
     }
     if limit:
+        for parameter in model.parameters():  # not the buffers: positions of rotary embeddings are no bfloat16
+            parameter.data = parameter.data.to(torch.bfloat16)
         found = zero_shot(model, load_tokenizer(resolve(MODEL)), SEVEN_TASKS, str(data / "lm_eval"), limit)
         row |= {"zero_shot": found.mean, "zero_shot_stderr": found.mean_stderr}
     return row
 
 
-def cell(
-    method: str, layers: int, texts: Texts, reference: Reference, data: Path, limit: int, work: Path
-) -> dict[str, float]:
-    """Compresses a model of its own, and measures it."""
+def decided(method: str, layers: int, texts: Texts, path: Path) -> dict[str, float]:
+    """Searches and fits, on a model of its own; writes the plan."""
     model = load_model(resolve(MODEL), dtype="float32")
     total = count_parameters(model)
     for parameter in model.parameters():
@@ -179,24 +182,30 @@ def cell(
         plan = callback.decide(model, texts.more_calibration if more else texts.calibration, texts.fitting)
     seconds = time.perf_counter() - start
     after, _ = meter.read()
-    plan.save(work / f"{method} {layers}.json")
+    plan.save(path)
     surgery.apply(model, plan)
     row = {"parameters": count_parameters(model) / total, "seconds": seconds}
     if before is not None and after is not None:
         row["peak_bytes"] = after.max - before.max
-    return row | measure(model, texts, reference, data, limit)
+    return row
+
+
+def pruned(plan: Plan) -> "PreTrainedModel":
+    """The model that a plan makes."""
+    model = load_model(resolve(MODEL), dtype="float32")
+    surgery.apply(model, plan)
+    return model
 
 
 def recover(plan: Plan, folder: Path, work: Path, steps: int) -> "PreTrainedModel":
-    """Carries out a plan and trains with the program's own command; the export of its last weights."""
-    model = load_model(resolve(MODEL), dtype="float32")
-    surgery.apply(model, plan)
+    """Carries out a plan and trains with the program's own command; its last weights, in float32. Leaves the log."""
+    model = pruned(plan)
     save_compressed(model, load_tokenizer(resolve(MODEL)), folder / "pruned", [plan], recovered=False, overwrite=True)
     export = {"output_dir": str((folder / "recovered").resolve()), "weights": "last"}
     config = {
         "model": {
             "pretrained": str((folder / "pruned").resolve()),
-            "dtype": "float32",
+            "dtype": "bfloat16",
             "lora": {"r": 16, "alpha": 32, "dropout": 0.0},
             "learning_rate": 1e-3,
             "warmup_steps": 20,
@@ -207,7 +216,7 @@ def recover(plan: Plan, folder: Path, work: Path, steps: int) -> "PreTrainedMode
             "init_args": {
                 "source": str((work / "c4_calibration.jsonl").resolve()),
                 "sequence_length": 128,
-                "batch_size": 4,
+                "batch_size": 1,
                 "val_size": 0,
             },
         },
@@ -215,6 +224,7 @@ def recover(plan: Plan, folder: Path, work: Path, steps: int) -> "PreTrainedMode
             "default_root_dir": str((folder / "run").resolve()),
             "accelerator": "cpu",
             "devices": 1,
+            "precision": "bf16-true",
             "logger": False,
             "max_steps": steps,
             "gradient_clip_val": 1.0,
@@ -225,10 +235,14 @@ def recover(plan: Plan, folder: Path, work: Path, steps: int) -> "PreTrainedMode
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "main.py", "fit", "--config", str((folder / "config.yaml").resolve()), "--overwrite"]
     timed(command, folder / "output.txt")
-    return load_compressed(folder / "recovered")[0]
+    trained = load_model(resolve(str(folder / "recovered")), dtype="float32")
+    for made in ("pruned", "recovered", "run"):
+        shutil.rmtree(folder / made)
+    return trained
 
 
 HEADERS = ("WikiText-2", "C4", "KL", "zero-shot")
+FIGURES = ("wikitext", "c4", "kl", "zero_shot")
 
 
 def table(rows: dict[str, dict[str, float]], dense: dict[str, float]) -> Table:
@@ -239,7 +253,8 @@ def table(rows: dict[str, dict[str, float]], dense: dict[str, float]) -> Table:
         shown.add_column(name, justify="left" if name == "method" else "right")
     shown.add_row("–", "dense", "100 %", *_figures(dense, []), "–", "–")
     for size in SIZES:
-        own = {method: rows[f"{method} {size}"] for method in METHODS if f"{method} {size}" in rows}
+        names = {method: f"{method} {size}" for method in METHODS}
+        own = {method: rows[name] for method, name in names.items() if "wikitext" in rows.get(name, {})}
         shown.add_section()
         for method, row in sorted(own.items(), key=lambda item: item[1]["wikitext"]):
             peak = f"{row['peak_bytes'] / MB:,.0f} MB" if "peak_bytes" in row else "–"
@@ -263,10 +278,63 @@ def _figures(row: dict[str, float], others: Sequence[dict[str, float]], when: st
             cells.append("–")
             continue
         value = row[name]
-        text = f"{value:.1%}" if figure == "zero_shot" else f"{value:.3f}" if figure == "kl" else f"{value:,.1f}"
+        text = _shown(figure, value)
         first = bool(others) and value == best(other[name] for other in others if name in other)
         cells.append(f"[bold]{text}[/bold]" if first else text)
     return cells
+
+
+def markdown(rows: dict[str, dict[str, float]], when: str = "") -> str:
+    """One row for each method, its figures at each size beside each other; the best of a column is bold.
+
+    Of KL, seconds and memory, only those at the middle size.
+
+    Args:
+        rows: By method and size, and ``dense``.
+        when: Nothing, or ``recovered_``.
+    """
+    cells = {(m, size): rows[f"{m} {size}"] for m in METHODS for size in SIZES if f"{m} {size}" in rows}
+    cells = {key: row for key, row in cells.items() if when + "c4" in row}
+    if not cells:
+        return ""
+    sizes = sorted({size for _, size in cells})
+    middle = sizes[len(sizes) // 2]
+    named = dict(zip(HEADERS, FIGURES, strict=True)) | ({} if when else {"search": "seconds", "peak": "peak_bytes"})
+    columns = [
+        (name, figure, size)
+        for name, figure in named.items()
+        for size in ([middle] if figure in ("kl", "seconds", "peak_bytes") else sizes)
+        if any(when + figure in row for row in cells.values())
+    ]
+    lines = [["method", *(f"{name} −{size}" for name, _, size in columns)], ["---", *["---:"] * len(columns)]]
+    lines.append(["dense", *(_shown(f, rows["dense"][f]) if f in rows["dense"] else "–" for _, f, _ in columns)])
+
+    def place(method: str) -> float:
+        own = {size: row[when + "c4"] for (name, size), row in cells.items() if name == method}
+        return own.get(middle, math.inf)
+
+    for method in sorted({method for method, _ in cells}, key=place):
+        line = [method]
+        for _, figure, size in columns:
+            value = cells.get((method, size), {}).get(when + figure)
+            others = [row[when + figure] for (_, other), row in cells.items() if other == size and when + figure in row]
+            best = figure in FIGURES and value == (max if figure == "zero_shot" else min)(others)
+            text = "–" if value is None else _shown(figure, value)
+            line.append(f"**{text}**" if best else text)
+        lines.append(line)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _shown(figure: str, value: float) -> str:
+    if figure == "zero_shot":
+        return f"{value:.1%}"
+    if figure == "kl":
+        return f"{value:.2f}"
+    if figure == "seconds":
+        return f"{value:.0f} s"
+    if figure == "peak_bytes":
+        return f"{value / MB:,.0f} MB"
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}".replace("e+0", "e")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -278,45 +346,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--layers", nargs="*", type=int, choices=SIZES, default=list(SIZES))
     parser.add_argument("--recover", type=int, default=0, metavar="STEPS", help="also train so many steps; 0 for none")
+    parser.add_argument("--decide", action="store_true", help="search and fit, and measure another time")
     parser.add_argument("--output", type=Path, default=Path("runs/quality"))
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     texts = read_texts(options.data, options.wikitext, options.output)
-    model = load_model(resolve(MODEL), dtype="float32")
-    reference = reference_states(model, texts.compared, "dense", show_progress=False)
-    done = options.output / "rows.json"
-    rows: dict[str, dict[str, float]] = {}
     asked = {"limit": options.limit, "wikitext": texts.wikitext.sha256, "c4": texts.c4.sha256}
     asked |= {"calibration": texts.more_calibration.sha256, "fitting": texts.fitting.sha256}
-    if done.is_file():
-        record = json.loads(done.read_text())
-        rows = record["rows"] if record["asked"] == asked else {}
+    rows: dict[str, dict[str, float]] = {}
+
+    def known(name: str) -> dict[str, float]:
+        if name not in rows:
+            path = options.output / f"{name}.row.json"
+            record = json.loads(path.read_text()) if path.is_file() else {}
+            rows[name] = record["row"] if record.get("asked") == asked else {}
+        return rows[name]
 
     def keep(name: str, row: dict[str, float]) -> None:
-        rows[name] = row
-        files.write_text(done, json.dumps({"asked": asked, "rows": rows}, indent=1))
+        rows[name] = known(name) | row
+        files.write_text(options.output / f"{name}.row.json", json.dumps({"asked": asked, "row": rows[name]}, indent=1))
 
-    if "dense" not in rows:
-        keep("dense", measure(model, texts, reference, options.data, options.limit))
-    del model
-    for size, method in itertools.product(options.layers, options.methods):
-        name = f"{method} {size}"
-        if name not in rows:
-            keep(name, cell(method, size, texts, reference, options.data, options.limit, options.output))
-            row = rows[name]
-            console.print(f"{name}: {row['wikitext']:.1f} on WikiText-2, {row['c4']:.1f} on C4, {row['seconds']:.0f} s")
+    cells = [(method, size, f"{method} {size}") for size, method in itertools.product(options.layers, options.methods)]
+    for method, size, name in cells:
+        if "seconds" not in known(name):
+            keep(name, decided(method, size, texts, options.output / f"{name}.json"))
+            console.print(f"{name}: {rows[name]['seconds']:.0f} s")
+    if options.decide:
+        return 0
+    dense = load_model(resolve(MODEL), dtype="float32")
+    reference = reference_states(dense, texts.compared, "dense", show_progress=False)
+    if not known("dense"):
+        keep("dense", measure(dense, texts, reference, options.data, options.limit))
+    del dense
+    for _, _, name in cells:
+        plan = Plan.load(options.output / f"{name}.json")
+        if "wikitext" not in rows[name]:
+            keep(name, measure(pruned(plan), texts, reference, options.data, options.limit))
+            console.print(f"{name}: {rows[name]['wikitext']:.1f} on WikiText-2, {rows[name]['c4']:.1f} on C4")
         if options.recover and rows[name].get("recovered_steps") != options.recover:
-            plan = Plan.load(options.output / f"{name}.json")
             trained = recover(plan, options.output / name.replace(" ", "_"), options.output, options.recover)
             found = measure(trained, texts, reference, options.data, options.limit)
-            keep(
-                name,
-                rows[name]
-                | {"recovered_steps": options.recover}
-                | {f"recovered_{figure}": value for figure, value in found.items()},
-            )
+            again = {f"recovered_{figure}": value for figure, value in found.items()}
+            keep(name, again | {"recovered_steps": options.recover})
             console.print(f"{name}: {found['wikitext']:.1f} and {found['c4']:.1f} after {options.recover} steps")
+    for path in sorted(options.output.glob("*.row.json")):
+        known(path.name.removesuffix(".row.json"))
     console.print(table(rows, rows["dense"]))
+    shown = [markdown(rows, when) for when in ("", "recovered_")]
+    files.write_text(options.output / "quality.md", "\n".join(filter(None, shown)))
+    console.print(f"As one table: {options.output / 'quality.md'}")
     return 0
 
 

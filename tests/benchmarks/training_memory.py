@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
-import yaml
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from slm_pl import parts
 
 CONFIG = Path(__file__).parents[2] / "configs" / "llama2_13b_slm.yaml"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -256,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tests.benchmarks.training_memory",
         description="Memory per GPU of recovering Llama-2-13B, by strategy.",
     )
-    parser.add_argument("--layers", type=int, nargs="+", default=[30, 40], help="pruned and dense (30 40)")
+    parser.add_argument("--layers", type=int, nargs="+", default=[32, 40], help="pruned and dense (32 40)")
     parser.add_argument("--gpus", type=int, help="as in the config")
     parser.add_argument("--capacity", type=float, default=80.0, metavar="GB", help="of one GPU (%(default)g)")
     parser.add_argument(
@@ -266,11 +267,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="share of the tokens that are response, and so go through the head (%(default)g; Alpaca has 0.49)",
     )
     options = parser.parse_args(arguments)
-    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    config = parts.read(CONFIG)
     model, data, trainer = config["model"], config["data"], config["trainer"]
     gpus = options.gpus or trainer["devices"]
     tokens = data["batch_size"] * data["cutoff"]
-    part = yaml.safe_load((CONFIG.parent / trainer["strategy"]).read_text(encoding="utf-8"))["init_args"]
+    part = trainer["strategy"]["init_args"]
     assert part["reduce_bucket_size"] == REDUCE_BUCKET
     shipped = cast(Strategy, f"deepspeed_stage_{part['stage']}")
     fits = True

@@ -182,6 +182,25 @@ def test_phases_are_mapped_below_the_first_ones_bars():
     assert count(pixels(both), "#440154") > 500  # the least of the map, in viridis
 
 
+def test_of_layers_that_were_merged_the_bars_in_a_window_are_green_and_each_phase_shows_its_reach():
+    pairs = [{"phase": 0, "layer": n, "high": n + 1, "score": 4.0, "removed": n == 3} for n in range(6)]
+    then = {"phase": 1, "layer": 2, "score": 4.0, "removed": True}
+    base, merge = Base("some/model", None, "llama", 8, 1000, "ab"), MergeLayers(2, 4, "keep_bottom", "bottom")
+    short, long = (
+        block_importance(
+            Plan(base, Method("callbacks.X", {}), None, (merge,), (*pairs, {**then, "high": high}), {"score": "s"})
+        )
+        for high in (4, 5)
+    )
+    assert short is not None
+    assert long is not None
+    merged, apart = count(pixels(short), COLOURS[2]), count(pixels(short), COLOURS[0])
+    assert apart / merged == pytest.approx(4 / 2, rel=0.08)  # pairs 2-3 and 3-4 lie in the window
+    first, second = (count(pixels(png), COLOURS[5]) for png in (short, long))
+    # In phase 1 two layers; in phase 2 three, and then four: as far as the line from the lowest to the highest.
+    assert second / first == pytest.approx((1 + 3) / (1 + 2), rel=0.1)
+
+
 def test_scores_of_strangers_are_drawn_or_passed_over():
     good = {"layer": 3, "score": 41.72}  # the sample of DESIGN, without a fate
     assert block_importance(importance_plan([good], ())) is not None
