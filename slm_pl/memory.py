@@ -1,7 +1,7 @@
 """How many bytes of tensors are alive."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -33,8 +33,15 @@ class TensorBytes(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
-        weights = [plain for t in (*model.parameters(), *model.buffers()) for plain in plain_tensors(t)]
-        self._known = {tensor.untyped_storage()._cdata for tensor in weights}
+        self._known: set[int] = set()
+        self.leave_out(plain for t in (*model.parameters(), *model.buffers()) for plain in plain_tensors(t))
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Does not count these tensors, nor views of them."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._known.add(storage._cdata)
+            weakref.finalize(storage, self._known.discard, storage._cdata)  # a later one may have its address
 
     def __torch_dispatch__(
         self,

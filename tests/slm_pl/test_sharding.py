@@ -39,8 +39,7 @@ class OwnBytes(TensorBytes):
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
-        parts = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
-        self._known |= {part.untyped_storage()._cdata for part in parts}
+        self.leave_out(p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor"))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -313,5 +312,7 @@ def test_merged_on_first_rank(name, trained):
     torch.testing.assert_close(logits_of(stock, TOKENS), logits_of(expected, TOKENS), rtol=0, atol=0 if half else 1e-5)
     peaks = [torch.load(trained / f"{name}.peak.{rank}.pt") for rank in (0, 1)]
     sizes = [p.nbytes for p in expected.parameters()]
-    assert peaks[0] < sum(sizes)  # the first process had a part of it before
+    adapters = sum(value.nbytes for key, value in weights.items() if "lora_" in key)
+    # Beside the copy, of one module at a time: the parts, the whole, and the sum in float32.
+    assert sum(sizes) <= peaks[0] <= sum(sizes) + adapters + 3 * max(sizes) < 1.5 * sum(sizes)
     assert peaks[1] <= 2 * max(sizes) < 0.2 * sum(sizes)

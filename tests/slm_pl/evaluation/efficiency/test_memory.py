@@ -199,6 +199,15 @@ def test_most_bytes_alive_at_a_time():
         assert (tensors.live, tensors.peak) == (0, 1600)
 
 
+def test_tensors_where_weights_were_are_counted():
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(20)))
+    with torch.no_grad(), TensorBytes(model) as tensors:
+        for linear in model:
+            linear.weight = None  # its storage is freed, and the next may get its address
+        made = [torch.zeros(4, 4) for _ in range(20)]
+        assert tensors.live == sum(tensor.nbytes for tensor in made)
+
+
 # --- What the system tells ---
 
 
