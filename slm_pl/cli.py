@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``validate``, ``test``, ``predict``, ``prune``, ``compare``, ``data`` and ``sweep``."""
+"""The command line: what a trainer does, ``prune``, and ``compare``, ``data``, ``estimate`` and ``sweep``."""
 
 import contextlib
 import io
@@ -7,13 +7,14 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -22,9 +23,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from slm_pl import files, quantization
-from slm_pl.compression.target import share_of_each
+from slm_pl.compression.target import give_ratio
 from slm_pl.data import TrainingData
 from slm_pl.errors import UsageError
+from slm_pl.estimate.command import estimate_parser
 from slm_pl.module import CausalLM
 from slm_pl.parts import PartsFile, read
 from slm_pl.trainer import Trainer
@@ -106,6 +108,7 @@ class CLI(LightningCLI):
             help="A model, such as the dense one, that callbacks.Efficiency runs in turn with this one.",
         )
         action.add_subcommand("sweep", sweep_parser(), help="Methods x ratios x seeds on one model, and one table.")
+        action.add_subcommand("estimate", estimate_parser(), help="Memory, time and GPU-hours of configs, on paper.")
         action.add_subcommand("data", data_parser(), help="Download what evaluation needs, for use without network.")
 
     def before_instantiate_classes(self) -> None:
@@ -165,34 +168,6 @@ class CLI(LightningCLI):
                 rank_zero_info(f"There is no checkpoint in {directory} yet: starting from the beginning")
             kwargs["ckpt_path"] = newest
         return kwargs
-
-
-def give_ratio(ratio: float, callbacks: Sequence[MutableMapping[str, Any]]) -> None:
-    """Tells the compression callbacks of a config how much to remove.
-
-    Args:
-        ratio: The share of all parameters.
-        callbacks: Of the config, ``class_path`` and all of ``init_args``; changed in place.
-
-    Raises:
-        UsageError: If none of them takes a ratio, or it is out of range.
-    """
-    methods = [callback["init_args"] for callback in callbacks if "ratio" in (callback.get("init_args") or {})]
-    if any(arguments.get("plan_path") for arguments in methods):
-        raise UsageError(
-            f"ratio is {ratio}, and a plan is given that says what to remove. Leave out one of them (--ratio null)."
-        )
-    if not methods:
-        raise UsageError(
-            f"ratio is {ratio}, and no callback removes a share of the model. Add one to trainer.callbacks."
-        )
-    if not 0 < ratio < 1:
-        raise UsageError(f"ratio is {ratio}; it is a share of all parameters, in (0, 1). For 20 % give 0.2.")
-    for arguments in methods:
-        for other in ("remove_layers", "threshold", "layer_ratio", "layers"):
-            if other in arguments:
-                arguments[other] = None
-        arguments["ratio"] = share_of_each(ratio, len(methods))
 
 
 def compare_parser() -> ArgumentParser:
@@ -256,14 +231,43 @@ def check_run(command: str, path: str) -> None:
     Raises:
         UsageError: With what the parser says.
     """
-    said = io.StringIO()
+    whole_config(command, path, names_data=True)
+
+
+def whole_config(command: str, path: str, names_data: bool) -> dict[str, Any]:
+    """What a subcommand would run with, every default in its place.
+
+    Raises:
+        UsageError: If it does not take the config.
+    """
+    shown, said = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            CLI([command, "--config", path, "--print_config"], names_data=True)
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(said):
+            CLI([command, "--config", path, "--print_config"], names_data=names_data)
     except SystemExit as done:
         if done.code not in (0, None):
             message = said.getvalue().partition("error: ")[2].strip()
             raise UsageError(f"{command} does not take what {Path(path).stem} would give it: {message}") from None
+    # Behind the header, since a library may have printed something when it was imported.
+    return cast(
+        dict[str, Any], yaml.safe_load(shown.getvalue().rpartition("# lightning.pytorch==")[2].partition("\n")[2])
+    )
+
+
+def run_estimate(args: Sequence[str]) -> None:
+    """Runs ``estimate``."""
+    options = estimate_parser().parse_args(args)
+    from slm_pl.estimate.command import machine_of, show
+    from slm_pl.estimate.run import estimate
+
+    machine, found = machine_of(options.machine, options.utilisation), []
+    for path in options.config:
+        run = whole_config("fit", path, names_data=check_configs(["--config", path]))
+        ratio = run["ratio"] if options.ratio is None else options.ratio
+        if ratio is not None:
+            give_ratio(ratio, run["trainer"]["callbacks"] or [])
+        found.append(estimate(Path(path).stem, run, options.architecture))
+    show(found, machine, options.utilisation)
 
 
 def data_parser() -> ArgumentParser:
@@ -406,6 +410,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 compare(options.results, options.output_dir)
             elif given[:1] == ["sweep"]:
                 run_sweep(given[1:])
+            elif given[:1] == ["estimate"]:
+                run_estimate(given[1:])
             elif given[:1] == ["data"]:
                 mirror_data(given[1:])
             else:

@@ -20,6 +20,7 @@ LEVELS = {
     "slm_pl.width_pictures": 2,
     "slm_pl.results": 3,
     "slm_pl.report": 3,
+    "slm_pl.estimate": 3,
     "slm_pl.module": 4,
     "slm_pl.trainer": 4,
     "slm_pl.sweep": 4,

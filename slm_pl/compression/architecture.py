@@ -387,6 +387,13 @@ def hidden_size(model: "PreTrainedModel") -> int:
     return int(model.config.get_text_config().hidden_size)
 
 
+def query_width(model: "PreTrainedModel") -> int:
+    """How many entries the query heads of a decoder layer have together, as the config says it."""
+    config = model.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
 def set_hidden_size(model: "PreTrainedModel", channels: int) -> None:
     """Makes the config and the modules agree on the width of a hidden state whose parameters have it already."""
     architecture, config, old = architecture_of(model), model.config, hidden_size(model)

@@ -1,8 +1,8 @@
 """How many layers are to go: the controls that all depth methods share."""
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from slm_pl.compression.architecture import decoder_layers, num_layers
 from slm_pl.compression.plan import count_parameters
@@ -43,6 +43,34 @@ def check_target(method: str, plan_path: str | None, controls: Mapping[str, floa
 def share_of_each(ratio: float, methods: int) -> float:
     """What each of several methods removes of what the one before left, so that together they remove ``ratio``."""
     return ratio if methods == 1 else 1 - (1 - ratio) ** (1 / methods)
+
+
+def give_ratio(ratio: float, callbacks: Sequence[MutableMapping[str, Any]]) -> None:
+    """Tells the compression callbacks of a config how much to remove.
+
+    Args:
+        ratio: The share of all parameters.
+        callbacks: Of the config, ``class_path`` and all of ``init_args``; changed in place.
+
+    Raises:
+        UsageError: If none of them takes a ratio, or it is out of range.
+    """
+    methods = [callback["init_args"] for callback in callbacks if "ratio" in (callback.get("init_args") or {})]
+    if any(arguments.get("plan_path") for arguments in methods):
+        raise UsageError(
+            f"ratio is {ratio}, and a plan is given that says what to remove. Leave out one of them (--ratio null)."
+        )
+    if not methods:
+        raise UsageError(
+            f"ratio is {ratio}, and no callback removes a share of the model. Add one to trainer.callbacks."
+        )
+    if not 0 < ratio < 1:
+        raise UsageError(f"ratio is {ratio}; it is a share of all parameters, in (0, 1). For 20 % give 0.2.")
+    for arguments in methods:
+        for other in ("remove_layers", "threshold", "layer_ratio", "layers"):
+            if other in arguments:
+                arguments[other] = None
+        arguments["ratio"] = share_of_each(ratio, len(methods))
 
 
 def check_protected(protect_first: int, protect_last: int) -> None:

@@ -1,4 +1,4 @@
-"""The formulas of ``tests.benchmarks.training_memory`` against the bytes that a small model takes on the CPU."""
+"""The formulas of ``slm_pl.recovery.memory`` against the bytes that a small model takes on the CPU."""
 
 from collections.abc import Callable
 
@@ -9,16 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from slm_pl.memory import TensorBytes
-from tests.benchmarks.training_memory import (
-    PROJECTIONS,
-    REDUCE_BUCKET,
-    Sizes,
-    TrainingMemory,
-    llama2_13b,
-    main,
-    saved_by_layer,
-    training_memory,
-)
+from slm_pl.recovery.memory import REDUCE_BUCKET, Sizes, TrainingMemory, saved_by_layer, training_memory
+from tests.benchmarks.training_memory import PROJECTIONS, llama2_13b, main
 from tests.helpers.pico import pico_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
