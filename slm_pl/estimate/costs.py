@@ -111,11 +111,13 @@ class Model:
         empty: The dense model, without weights.
         itemsize: Bytes of a weight.
         kept: How much is left of the layers: their number by that of the dense model, or their width.
+        streamed: Whether a search reads each layer when it is run, and the next one meanwhile.
     """
 
     empty: "PreTrainedModel"
     itemsize: int
     kept: float = 1.0
+    streamed: bool = False
 
     @property
     def layers(self) -> float:
@@ -153,6 +155,12 @@ class Model:
         """Of its weights."""
         return self.parameters * self.itemsize
 
+    @property
+    def held(self) -> float:
+        """Bytes of the weights that a search has in memory."""
+        layers = 2 if self.streamed else self.layers
+        return self.nbytes - (self.layers - layers) * self.layer_parameters * self.itemsize
+
     def forward(self, tokens: float, length: int) -> float:
         """Operations of all layers."""
         return self.layers * layer_operations(self.empty, 1, length) * tokens
@@ -179,7 +187,7 @@ def search_cost(model: Model, work: Work, text: Text, gpus: int, inputs: int, bu
     """
     own = text.share(gpus)
     layer = layer_operations(model.empty, own.tokens, own.length)
-    memory = model.nbytes + own.batch_tokens * (4 * model.hidden + 3 * inputs) * model.itemsize
+    memory = model.held + own.batch_tokens * (4 * model.hidden + 3 * inputs) * model.itemsize
     fits = work.solutions > 0
     states = 2 * own.batch_tokens if fits else (num_layers(model.empty) + 1) * own.tokens
     memory += states * model.hidden * model.itemsize
@@ -191,7 +199,7 @@ def search_cost(model: Model, work: Work, text: Text, gpus: int, inputs: int, bu
     if fits:
         memory += 2 * 8 * inputs**2
     if budget is not None:
-        memory = min(memory, model.nbytes + budget)
+        memory = min(memory, model.held + budget)
     products = work.products * 2 * own.tokens * inputs * (inputs + model.hidden)
     solved = work.solutions * inputs**3 / 3 + work.columns * inputs**2 * model.hidden
     read = work.layers * model.layer_parameters + work.heads * model.vocabulary * model.hidden

@@ -144,7 +144,9 @@ class _Estimator:
         config = find_config(settings["pretrained"], settings.get("revision"), architecture)
         self.dtype = self._dtype(settings["dtype"], config)
         self.empty = loading.empty_model(config, dtype=self.dtype)
-        self.dense = Model(self.empty, self.dtype.itemsize)
+        self.dense = Model(self.empty, self.dtype.itemsize, streamed=settings["streaming"])
+        if settings["streaming"]:
+            self.found.left_out.append("streaming: prune only, and the time to read the layers from their files")
         self.inputs = Sizes.of(self.empty, config, 0).intermediate
         self.callbacks = objects_of(self.trainer["callbacks"] or [])
         self._tokenizer: PreTrainedTokenizerBase | None = None

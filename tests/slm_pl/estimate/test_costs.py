@@ -132,6 +132,8 @@ def test_search(model):
     assert phase.bytes == pytest.approx(2 * 2 * (10 * layer + 2.5 * 64 * 512))
     states = 7 * tokens * 64 * 2
     assert phase.memory > 2 * count_parameters(model) + states
+    streamed = search_cost(Model(model, 2, streamed=True), Work(layers=10, heads=2.5), text, 2, 160)
+    assert phase.memory - streamed.memory == pytest.approx(2 * 4 * layer)  # two of the six layers are there
     limited = search_cost(own, Work(layers=10, heads=2.5), text, 2, 160, budget=1000.0)
     assert limited.memory == pytest.approx(2 * count_parameters(model) + 1000)
 

@@ -113,6 +113,17 @@ def test_layers_that_are_refitted(pico):
     assert found.phases[1].flops64 > 0 == found.phases[0].flops64
 
 
+def test_streaming(pico):
+    path = config_of(pico)
+    whole = estimate("run", run_of(path))
+    content = yaml.safe_load(path.read_text())
+    content["model"]["streaming"] = True
+    path.write_text(yaml.safe_dump(content))
+    streamed = estimate("run", run_of(path))
+    assert streamed.phases[0].memory < whole.phases[0].memory
+    assert any("streaming" in reason for reason in streamed.left_out)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
