@@ -7,9 +7,9 @@ up. With these, a search or a one-shot criterion needs the memory of one layer b
 code, the same numbers and the same export as for a model in memory. What a plan merges or refits stays in memory: that
 is a few layers.
 
-On a GPU, each layer's weights are sent when it is called and are gone when another one begins; embeddings, norm and
-head are there all the time. Methods that compute with weights outside of a layer's own forward pass cannot do that
-(:attr:`callbacks.base.CompressionCallback.computes_with_weights`).
+On a GPU, each layer's weights are sent while the one before it runs and are gone when another one begins; embeddings,
+norm and head are there all the time. Methods that compute with weights outside of a layer's own forward pass cannot do
+that (:attr:`callbacks.base.CompressionCallback.computes_with_weights`).
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy
@@ -123,19 +124,29 @@ class _Mapped:
 
 
 class _Sent:
-    """On a GPU: a layer's weights are there from when it runs to when another one does."""
+    """On a GPU: a layer's weights are there from when it runs to when another one does, the next one's on their way.
+
+    Another thread sends them, on a stream of its own, so that neither this process nor the GPU waits.
+    """
 
     def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
         self._device = device
+        self._layers = layers
         self._lasting = {id(p) for layer in layers for p in layer.parameters()}  # what is lent comes and goes
         self._now: int | None = None
         self._there: dict[int, Tensor] = {}  # copies, by the identity of the tensor
         self._own: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._ahead: tuple[int, Future[dict[int, Tensor]]] | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def begin(self, index: int, layer: nn.Module) -> None:
         """A layer is about to run: copies take the place of its parameters, also of those that are only lent to it."""
         if index != self._now:
             self._now, self._there = index, {}
+            self._there = self._arrived(index)
+            if index + 1 < len(self._layers):
+                self._ahead = index + 1, self._sender.submit(self._send, self._layers[index + 1])
         for module in layer.modules():
             parameters: dict[str, Tensor | None] = module._parameters  # type: ignore[assignment]
             for name, value in parameters.items():
@@ -143,6 +154,27 @@ class _Sent:
                     continue
                 self._own.append((parameters, name, value))
                 parameters[name] = self._copy(value)
+
+    def _send(self, layer: nn.Module) -> dict[int, Tensor]:
+        """In the other thread. What runs meanwhile has lent nothing to this layer, so these are its own parameters."""
+        with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            sent = {id(p): p.detach().to(self._device, copy=True) for p in layer.parameters()}
+        if self._stream is not None:
+            self._stream.synchronize()
+        return sent
+
+    def _arrived(self, index: int) -> dict[int, Tensor]:
+        """What was sent of a layer before it was asked for; nothing if it was another one's turn."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return {}
+        sent = ahead[1].result()
+        if ahead[0] != index:
+            return {}
+        if self._stream is not None:
+            for tensor in sent.values():  # else the next layer's might be written over it before it is used
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        return sent
 
     def _copy(self, value: Tensor) -> Tensor:
         if value.requires_grad and torch.is_grad_enabled():
@@ -159,6 +191,11 @@ class _Sent:
             parameters[name] = value
         self._own.clear()
 
+    def close(self) -> None:
+        """Nothing is sent any more."""
+        self._sender.shutdown(cancel_futures=True)
+        self._ahead = None
+
 
 @contextlib.contextmanager
 def _sent(model: "PreTrainedModel", layers: list[nn.Module], device: torch.device) -> Iterator[_Sent]:
@@ -174,7 +211,11 @@ def _sent(model: "PreTrainedModel", layers: list[nn.Module], device: torch.devic
             for buffer in layer.buffers():
                 moved.append((buffer, buffer.data))
                 buffer.data = buffer.data.to(device)
-        yield _Sent(layers, device)
+        stream = _Sent(layers, device)
+        try:
+            yield stream
+        finally:
+            stream.close()
     finally:
         for tensor, own in moved:
             tensor.data = own

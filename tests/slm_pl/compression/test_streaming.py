@@ -1,5 +1,6 @@
 """Weights that stay in their files, on a CPU."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,36 @@ def test_sent_layers_compute_the_same_and_leave_the_parameters_alone(wide_dir):
     for layer, gradient in zip(layers, found, strict=True):
         assert gradient is not None
         assert torch.equal(gradient, layer.mlp.up_proj.weight.grad)
+
+
+def test_the_next_layer_is_sent_while_one_runs(wide_dir):
+    """With the CPU in the place of the GPU, and another thread as it is there."""
+    model = load(wide_dir)
+    layers = list(decoder_layers(model))
+    senders: list[str] = []
+    first = {id(p) for p in layers[0].parameters()}
+    with torch.no_grad(), _sent(model, layers, CPU) as stream:
+        send = stream._send
+        stream._send = lambda layer: (senders.append(threading.current_thread().name), send(layer))[1]
+        stream.begin(2, layers[2])
+        stream.end(layers[2])
+        assert stream._ahead is not None
+        index, sent = stream._ahead
+        assert index == 3
+        assert set(sent.result()) == {id(p) for p in layers[3].parameters()}
+        used = sent.result()[id(layers[3].mlp.up_proj.weight)]
+        own = layers[3].mlp.up_proj.weight
+        stream.begin(3, layers[3])
+        assert layers[3].mlp.up_proj.weight is used is not own
+        assert torch.equal(used, own)
+        stream.end(layers[3])
+        # Another one than expected: what was sent goes, and its own weights are there.
+        stream.begin(0, layers[0])
+        assert set(stream._there) == first
+        stream.end(layers[0])
+        stream.begin(len(layers) - 1, layers[-1])
+        assert stream._ahead is None
+        stream.end(layers[-1])
+    assert senders
+    assert all(name.startswith("weights") for name in senders)
+    assert not any(thread.name.startswith("weights") for thread in threading.enumerate())
