@@ -60,6 +60,7 @@ bench: install  ## Run the benchmarks (minutes)
 	$(BIN)/python -m tests.benchmarks.efficiency
 	$(BIN)/python -m tests.benchmarks.least_squares
 	$(BIN)/python -m tests.benchmarks.streaming
+	$(BIN)/python -m tests.benchmarks.estimate
 
 clean:  ## Remove runs and caches
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -62,5 +62,5 @@ class TensorBytes(TorchDispatchMode):
         return result
 
     def _free(self, key: int, nbytes: int) -> None:
-        self._known.remove(key)
+        self._known.discard(key)
         self.live -= nbytes

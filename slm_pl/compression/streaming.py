@@ -131,8 +131,9 @@ class _Sent:
 
     def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
         self._device = device
-        self._layers = layers
-        self._lasting = {id(p) for layer in layers for p in layer.parameters()}  # what is lent comes and goes
+        # Now, since what is lent to a layer stands in its place while it runs.
+        self._layers = [list(layer.parameters()) for layer in layers]
+        self._lasting = {id(p) for own in self._layers for p in own}
         self._now: int | None = None
         self._there: dict[int, Tensor] = {}  # copies, by the identity of the tensor
         self._own: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
@@ -144,9 +145,10 @@ class _Sent:
         """A layer is about to run: copies take the place of its parameters, also of those that are only lent to it."""
         if index != self._now:
             self._now, self._there = index, {}
-            self._there = self._arrived(index)
-            if index + 1 < len(self._layers):
-                self._ahead = index + 1, self._sender.submit(self._send, self._layers[index + 1])
+            if not torch.is_grad_enabled():  # for gradients, copies are part of what is computed
+                self._there = self._arrived(index)
+                if index + 1 < len(self._layers):
+                    self._ahead = index + 1, self._sender.submit(self._send, index + 1)
         for module in layer.modules():
             parameters: dict[str, Tensor | None] = module._parameters  # type: ignore[assignment]
             for name, value in parameters.items():
@@ -155,22 +157,22 @@ class _Sent:
                 self._own.append((parameters, name, value))
                 parameters[name] = self._copy(value)
 
-    def _send(self, layer: nn.Module) -> dict[int, Tensor]:
-        """In the other thread. What runs meanwhile has lent nothing to this layer, so these are its own parameters."""
+    def _send(self, index: int) -> dict[int, Tensor]:
+        """In the other thread."""
         with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            sent = {id(p): p.detach().to(self._device, copy=True) for p in layer.parameters()}
+            sent = {id(p): p.detach().to(self._device, copy=True) for p in self._layers[index]}
         if self._stream is not None:
             self._stream.synchronize()
         return sent
 
     def _arrived(self, index: int) -> dict[int, Tensor]:
-        """What was sent of a layer before it was asked for; nothing if it was another one's turn."""
+        """A layer's weights: those that were sent before it was its turn, else now."""
         ahead, self._ahead = self._ahead, None
-        if ahead is None:
-            return {}
+        if ahead is None or ahead[0] != index:
+            if ahead is not None:
+                ahead[1].cancel()
+            ahead = index, self._sender.submit(self._send, index)
         sent = ahead[1].result()
-        if ahead[0] != index:
-            return {}
         if self._stream is not None:
             for tensor in sent.values():  # else the next layer's might be written over it before it is used
                 tensor.record_stream(torch.cuda.current_stream(self._device))

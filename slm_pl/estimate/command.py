@@ -17,7 +17,8 @@ from slm_pl.recovery.memory import GB
 MachineName = Literal["a100", "h100", "this"]
 
 DESCRIPTION = """\
-Tells what configs take of each GPU before anything is run or downloaded: operations, bytes, memory, time.
+Tells what configs take of each GPU before anything is run: operations, bytes, memory (at most), time. No weights are
+needed; where configs/architectures does not have the model's sizes, its config.json is fetched.
 
 A phase takes max(F / peak, B / bandwidth) / utilisation seconds. F are the operations of its matrix products, B the
 bytes of the weights, once for every batch that goes through them. A forward pass of T tokens in samples of L takes
@@ -32,7 +33,7 @@ tokenising, element-wise work, exports and communication; utilisation stands for
 def estimate_parser() -> ArgumentParser:
     """Options of ``estimate``."""
     parser = ArgumentParser(prog="main.py estimate", description=DESCRIPTION)
-    parser.add_argument("--config", nargs="+", required=True, help="Configs of runs, as fit takes them.")
+    parser.add_argument("--config", nargs="+", required=True, help="Configs, each a whole run as fit takes it.")
     parser.add_argument("--ratio", type=float | None, default=None, help="As for fit: the share that is removed.")
     parser.add_argument(
         "--machine", type=MachineName, default="a100", help="The peaks of one GPU; `this` measures this computer's."
@@ -62,15 +63,15 @@ def machine_of(name: str, utilisation: float) -> Machine:
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
-    single, double = (machine_peak(device, dtype) for dtype in (torch.float32, torch.float64))
-    return Machine(f"this {device.type}, float32", single.flops_per_s, double.flops_per_s, single.bytes_per_s)
+    half, single, double = (machine_peak(device, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64))
+    return Machine(f"this {device.type}", half.flops_per_s, single.flops_per_s, double.flops_per_s, single.bytes_per_s)
 
 
 def table(one: Estimate, machine: Machine, utilisation: float) -> Table:
     """A row for every phase of a config."""
     before, after = (f"{value / 1e9:.2f}" for value in one.parameters)
     shown = Table(title=f"{one.name}: {before} → {after} billion parameters; of each GPU", box=box.MARKDOWN)
-    for name in ("phase", "GPUs", "PFLOP", "TB read", "GB", "time", "GPU-hours"):
+    for name in ("phase", "GPUs", "PFLOP", "TB read", "GB at most", "time", "GPU-hours"):
         shown.add_column(name, justify="left" if name == "phase" else "right")
     hours = 0.0
     for phase in one.phases:
@@ -101,7 +102,8 @@ def _time(seconds: float) -> str:
 def show(estimates: Sequence[Estimate], machine: Machine, utilisation: float) -> None:
     """Prints the tables, and under each what is not in it."""
     console = Console()
-    peaks = f"{machine.flops / 1e12:,.4g} TFLOP/s and {machine.bytes_per_s / GB:,.4g} GB/s"
+    peaks = f"{machine.flops / 1e12:,.4g} TFLOP/s ({machine.flops32 / 1e12:,.3g} in float32) and "
+    peaks += f"{machine.bytes_per_s / GB:,.4g} GB/s"
     console.print(f"On {machine.name}, {utilisation:.0%} of {peaks}:", highlight=False)
     for one in estimates:
         console.print(table(one, machine, utilisation))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from slm_pl.compression.architecture import hidden_size, num_layers
 from slm_pl.compression.plan import count_parameters
 from slm_pl.estimate.rehearsal import Work, layer_operations
-from slm_pl.recovery.memory import Sizes, Strategy, training_memory
+from slm_pl.recovery.memory import BF16, FP32, REDUCE_BUCKET, Sizes, Strategy, saved_by_layer, training_memory
+from slm_pl.recovery.objective import LOGITS_BUDGET
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +24,8 @@ class Machine:
 
     Args:
         name: For tables.
-        flops: Operations per second of products in the dtype of the weights.
+        flops: Operations per second of products in bfloat16 or float16.
+        flops32: In float32.
         flops64: In float64.
         bytes_per_s: From its memory.
         memory: Bytes of it; None if nobody asks.
@@ -31,15 +33,16 @@ class Machine:
 
     name: str
     flops: float
+    flops32: float
     flops64: float
     bytes_per_s: float
     memory: float | None = None
 
 
-# NVIDIA's data sheets: bfloat16 and float64 on tensor cores, without sparsity.
+# NVIDIA's data sheets: bfloat16 and float64 on tensor cores, without sparsity; float32 without TF32, as PyTorch has it.
 MACHINES = {
-    "a100": Machine("A100 80 GB", 312e12, 19.5e12, 2.039e12, 80e9),
-    "h100": Machine("H100 80 GB", 989.4e12, 66.9e12, 3.35e12, 80e9),
+    "a100": Machine("A100 80 GB", 312e12, 19.5e12, 19.5e12, 2.039e12, 80e9),
+    "h100": Machine("H100 80 GB", 989.4e12, 66.9e12, 66.9e12, 3.35e12, 80e9),
 }
 
 
@@ -54,6 +57,7 @@ class Phase:
         flops64: In float64.
         bytes: Read: the weights, once for each batch that goes through them.
         memory: Most bytes at a time.
+        itemsize: Bytes of a weight.
     """
 
     name: PhaseName
@@ -62,10 +66,12 @@ class Phase:
     flops64: float
     bytes: float
     memory: float
+    itemsize: int = 2
 
     def seconds(self, machine: Machine, utilisation: float) -> float:
         """Time at a share of the machine's peak; either the operations or the bytes take it."""
-        least = max(self.flops / machine.flops, self.bytes / machine.bytes_per_s) + self.flops64 / machine.flops64
+        peak = machine.flops if self.itemsize <= 2 else machine.flops32
+        least = max(self.flops / peak, self.bytes / machine.bytes_per_s) + self.flops64 / machine.flops64
         return least / utilisation
 
 
@@ -110,19 +116,21 @@ class Model:
     Args:
         empty: The dense model, without weights.
         itemsize: Bytes of a weight.
-        kept: How much is left of the layers: their number by that of the dense model, or their width.
+        depth: Layers that are left, by those of the dense model.
+        width: What is left of each.
         streamed: Whether a search reads each layer when it is run, and the next one meanwhile.
     """
 
     empty: "PreTrainedModel"
     itemsize: int
-    kept: float = 1.0
+    depth: float = 1.0
+    width: float = 1.0
     streamed: bool = False
 
     @property
     def layers(self) -> float:
-        """Decoder layers of the dense model's width."""
-        return num_layers(self.empty) * self.kept
+        """Decoder layers of the dense model's width that would be as large."""
+        return num_layers(self.empty) * self.depth * self.width
 
     @property
     def hidden(self) -> int:
@@ -158,7 +166,7 @@ class Model:
     @property
     def held(self) -> float:
         """Bytes of the weights that a search has in memory."""
-        layers = 2 if self.streamed else self.layers
+        layers = min(2, self.layers) if self.streamed else self.layers
         return self.nbytes - (self.layers - layers) * self.layer_parameters * self.itemsize
 
     def forward(self, tokens: float, length: int) -> float:
@@ -170,15 +178,24 @@ class Model:
         return 2 * self.vocabulary * self.hidden * tokens
 
 
-def search_cost(model: Model, work: Work, text: Text, gpus: int, inputs: int, budget: float | None = None) -> Phase:
+def search_cost(
+    name: Literal["search", "least squares"],
+    model: Model,
+    work: Work,
+    text: Text,
+    gpus: int,
+    inputs: int,
+    budget: float | None = None,
+) -> Phase:
     """A search, or the fits of least squares.
 
-    Memory: the weights; the hidden states of the text behind every layer (of a chunk with normal equations, and two
-    matrices of their size); of one batch, the inputs of the maps of one layer; slices of logits; with gradients, what a
-    layer saves for them and its gradients in float32. Or less, if the method has a budget.
+    Memory, at most: the weights; the hidden states of the text behind every layer (of a chunk, for fits); with normal
+    equations, two matrices of their size; of one batch, the inputs of the maps of one layer; slices of logits; with
+    gradients, what a layer saves for them and its gradients in float32. Or less, if the method has a budget.
 
     Args:
-        model: The dense one.
+        name: Of the phase.
+        model: As the method finds it.
         work: As it was rehearsed.
         text: That is looked at.
         gpus: That share its samples.
@@ -188,15 +205,15 @@ def search_cost(model: Model, work: Work, text: Text, gpus: int, inputs: int, bu
     own = text.share(gpus)
     layer = layer_operations(model.empty, own.tokens, own.length)
     memory = model.held + own.batch_tokens * (4 * model.hidden + 3 * inputs) * model.itemsize
-    fits = work.solutions > 0
-    states = 2 * own.batch_tokens if fits else (num_layers(model.empty) + 1) * own.tokens
+    behind = num_layers(model.empty) * model.depth + 1
+    states = 2 * own.batch_tokens if name == "least squares" else behind * own.tokens
     memory += states * model.hidden * model.itemsize
     if work.heads:
         memory += LOGITS_BYTES
     if work.differentiates:
         saved = own.batch_tokens * (10 * model.hidden + 4 * inputs) * model.itemsize
         memory += saved + 4 * model.layer_parameters
-    if fits:
+    if work.solutions:
         memory += 2 * 8 * inputs**2
     if budget is not None:
         memory = min(memory, model.held + budget)
@@ -204,12 +221,13 @@ def search_cost(model: Model, work: Work, text: Text, gpus: int, inputs: int, bu
     solved = work.solutions * inputs**3 / 3 + work.columns * inputs**2 * model.hidden
     read = work.layers * model.layer_parameters + work.heads * model.vocabulary * model.hidden
     return Phase(
-        "least squares" if fits else "search",
+        name,
         gpus,
         work.layers * layer + work.heads * model.head(own.tokens),
         products + solved,
         read * model.itemsize * own.batches,
         memory,
+        model.itemsize,
     )
 
 
@@ -225,9 +243,12 @@ class Recipe:
         longest: Most tokens of an example.
         answered: Share of the tokens whose logits are computed.
         validated: Examples that are validated on, over the whole run.
+        validation_batch: Of these in a batch on a GPU.
         checkpointed: Layers are run again in the backward pass.
         teacher: The dense model looks at every example, too.
         strategy: Lightning's name.
+        offloaded: The optimizer's state is in main memory.
+        bucket: Parameters that DeepSpeed reduces at a time.
     """
 
     rows: int
@@ -237,9 +258,12 @@ class Recipe:
     longest: int
     answered: float
     validated: float
+    validation_batch: int
     checkpointed: bool
     teacher: bool
     strategy: Strategy
+    offloaded: bool = False
+    bucket: int = REDUCE_BUCKET
 
 
 def recovery_cost(model: Model, dense: Model, sizes: Sizes, recipe: Recipe, gpus: int) -> Phase:
@@ -265,16 +289,37 @@ def recovery_cost(model: Model, dense: Model, sizes: Sizes, recipe: Recipe, gpus
     flops += (2 + (sizes.frozen == 0)) * model.head(recipe.answered * tokens)
     flops += model.forward(seen, length) + model.head(recipe.answered * seen)
     batches = recipe.steps * math.ceil(recipe.rows / (recipe.batch * gpus))
-    read = passes * batches * model.nbytes
+    read = passes * batches * model.nbytes + recipe.validated / (recipe.validation_batch * gpus) * model.nbytes
+    memory = _training_bytes(model.itemsize, sizes, recipe, gpus)
     if recipe.teacher:
         flops += dense.forward(tokens, length) + dense.head(recipe.answered * tokens)
         read += batches * dense.nbytes
-    held = round(recipe.batch * recipe.longest)
-    memory = training_memory(sizes, recipe.strategy, gpus, held, round(recipe.answered * held))
-    used = memory.total * model.itemsize / 2  # the formulas are of bfloat16
-    if not recipe.checkpointed:
-        used += (sizes.layers - 1) * memory.layer_peak * model.itemsize / 2
-    return Phase("recovery", gpus, flops, 0.0, read, used + (dense.nbytes if recipe.teacher else 0))
+        memory += dense.nbytes
+    return Phase("recovery", gpus, flops, 0.0, read, memory, model.itemsize)
+
+
+def _training_bytes(itemsize: int, sizes: Sizes, recipe: Recipe, gpus: int) -> float:
+    """Peak of training, from :func:`~slm_pl.recovery.memory.training_memory`, whose weights are in bfloat16.
+
+    Adapters, their gradients and moments are in float32 everywhere but under DeepSpeed; weights that are trained
+    themselves are in their own dtype. Of logits, no more than the slices that the loss keeps.
+    """
+    tokens = recipe.batch * recipe.longest
+    found = training_memory(sizes, recipe.strategy, gpus, tokens, round(recipe.answered * tokens), bucket=recipe.bucket)
+    wide = itemsize / BF16
+    logits = min(found.head_peak, 3 * LOGITS_BUDGET)
+    if recipe.checkpointed:
+        activations = found.layer_inputs * wide + max(found.layer_peak * wide, logits)
+    else:
+        activations = sizes.layers * saved_by_layer(sizes, tokens) * wide + logits
+    if recipe.strategy in ("single_device", "ddp"):
+        trained = FP32 if sizes.frozen else itemsize
+        reduced = trained * sizes.trainable if recipe.strategy == "ddp" else 0
+        state = float(itemsize * sizes.frozen + 4 * trained * sizes.trainable + reduced)
+    else:
+        state = found.state + (wide - 1) * found.weights
+        state -= found.optimizer + found.master if recipe.offloaded else 0
+    return state + activations
 
 
 def reading_cost(name: PhaseName, model: Model, texts: Iterable[Text], gpus: int) -> Phase:
@@ -288,7 +333,8 @@ def reading_cost(name: PhaseName, model: Model, texts: Iterable[Text], gpus: int
         flops += model.forward(own.tokens, own.length) + model.head(own.tokens)
         read += own.batches * model.nbytes
         largest = max(largest, own.batch_tokens)
-    return Phase(name, gpus, flops, 0.0, read, model.nbytes + largest * model.vocabulary * (model.itemsize + 4))
+    logits = largest * model.vocabulary * (model.itemsize + 4)
+    return Phase(name, gpus, flops, 0.0, read, model.nbytes + logits, model.itemsize)
 
 
 @dataclass(frozen=True)
@@ -320,8 +366,9 @@ def generation_cost(model: Model, runs: Sequence[Generation], key_values: int) -
     for run in runs:
         steps = max(run.new - 1, 0)
         cached = run.batch * (run.prompt + run.new) * key_values * model.layers * model.itemsize
+        seen = cached * (run.prompt + run.new / 2) / (run.prompt + run.new)
         flops += run.runs * model.forward(run.batch * (run.prompt + steps), run.prompt + run.new // 2)
         flops += run.runs * model.head(run.batch * max(run.new, 1))
-        read += run.runs * (model.nbytes * (1 + steps) + cached / 2 * steps)
+        read += run.runs * (model.nbytes * (1 + steps) + seen * steps)
         largest = max(largest, cached + run.batch * run.prompt * model.hidden * 8 * model.itemsize)
-    return Phase("speed", 1, flops, 0.0, read, model.nbytes + largest)
+    return Phase("speed", 1, flops, 0.0, read, model.nbytes + largest, model.itemsize)

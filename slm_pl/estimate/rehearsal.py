@@ -55,8 +55,8 @@ class Work:
     """What was done, in units that do not depend on the widths of the model nor on the number of its tokens.
 
     Args:
-        layers: Forward passes of all tokens through one decoder layer; what goes back through a layer counts as the
-            forward passes of as many operations.
+        layers: Forward passes of all tokens through one decoder layer of the dense model; what goes back through a
+            layer counts as the forward passes of as many operations.
         heads: The same of the language-model head.
         products: Operations in float64, of one token and one output of a layer, in units of m (m + h) for its m inputs
             and h outputs: the normal equations.
@@ -133,56 +133,65 @@ def stand_in(layers: int, shape: float) -> "PreTrainedModel":
         return LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
 
 
-def rehearse(methods: Sequence[Method], layers: int, shape: float) -> list[tuple[Work, Work | None]]:
-    """Lets methods decide one after the other, each on what the one before left of a stand-in.
+class Rehearsal:
+    """Lets methods decide one after the other, each on what the ones before left of a stand-in.
 
     What a search does may depend on what it finds: a search with a threshold, or a lazy one, will do more or less on
     the real model. Every other method does as much.
 
     Args:
-        methods: Of a config; their sizes are numbers of layers, or shares that do not depend on the widths.
         layers: Decoder layers of the real model.
         shape: As for :func:`stand_in`.
-
-    Returns:
-        For each method what its decision takes, over the calibration text, and what its refits take, over the text for
-        fitting, or None.
     """
-    model = stand_in(layers, shape)
-    generator = torch.Generator().manual_seed(0)
 
-    def drawn(samples: int, tokens: int) -> CalibrationSet:
-        ids = torch.randint(3, VOCABULARY, (samples, tokens), generator=generator).tolist()
+    def __init__(self, layers: int, shape: float) -> None:
+        self._model = stand_in(layers, shape)
+        self._inputs = round(WIDTH * shape)
+        self._layer = {length: layer_operations(self._model, 1, length) for length in (TOKENS, FITTED_TOKENS)}
+        self._generator = torch.Generator().manual_seed(0)
+        self._calibration, self._fitting = self._drawn(SAMPLES, TOKENS), self._drawn(FITTED, FITTED_TOKENS)
+
+    def _drawn(self, samples: int, tokens: int) -> CalibrationSet:
+        ids = torch.randint(3, VOCABULARY, (samples, tokens), generator=self._generator).tolist()
         text = CalibrationText(samples=samples, sequence_length=tokens, batch_size=min(samples, 16))
         return CalibrationSet.from_ids(ids, text)
 
-    calibration, fitting = drawn(SAMPLES, TOKENS), drawn(FITTED, FITTED_TOKENS)
-    nothing = CalibrationSet.from_ids([], calibration.text)
-    inputs = round(WIDTH * shape)
+    def perform(self, method: Method, apply: bool = True) -> tuple[Work, Work | None]:
+        """Lets a method decide.
 
-    def counted(work: Callable[[], Plan], samples: CalibrationSet) -> tuple[Plan, Work]:
+        Args:
+            method: Its size is a number of layers, or a share that does not depend on the widths.
+            apply: The next method gets what this one leaves.
+
+        Returns:
+            What its decision takes, over the calibration text, and what its refits take, over the text for fitting, or
+            None.
+
+        Raises:
+            UsageError: If it refuses the stand-in.
+        """
+        seen = self._calibration if method.uses_calibration else CalibrationSet.from_ids([], self._calibration.text)
+        plan, search = self._counted(functools.partial(method.plan, self._model, seen), self._calibration)
+        fit, settings = None, method.refit
+        if settings is not None and plan.steps:
+            work = functools.partial(fit_outputs, self._model, plan, self._fitting, settings)
+            plan, fit = self._counted(work, self._fitting)
+        if apply:
+            surgery.apply(self._model, plan)
+        return search, fit
+
+    def _counted(self, work: Callable[[], Plan], samples: CalibrationSet) -> tuple[Plan, Work]:
         tokens = samples.samples * samples.shortest
         with Tally() as tally, torch.no_grad():
             plan = work()
         return plan, Work(
-            tally.layers / layer_operations(model, tokens, samples.shortest),
+            tally.layers / (tokens * self._layer[samples.shortest]),
             tally.heads / (2 * tokens * WIDTH * VOCABULARY),
-            tally.products / (2 * tokens * inputs * (inputs + WIDTH)),
+            tally.products / (2 * tokens * self._inputs * (self._inputs + WIDTH)),
             tally.solutions,
             tally.columns,
             tally.differentiates,
         )
-
-    found: list[tuple[Work, Work | None]] = []
-    for method in methods:
-        seen = calibration if method.uses_calibration else nothing
-        plan, search = counted(functools.partial(method.plan, model, seen), calibration)
-        fit, settings = None, method.refit
-        if settings is not None and plan.steps:
-            plan, fit = counted(functools.partial(fit_outputs, model, plan, fitting, settings), fitting)
-        surgery.apply(model, plan)
-        found.append((search, fit))
-    return found
 
 
 def layer_operations(model: "PreTrainedModel", tokens: int, length: int) -> float:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +14,9 @@ import torch
 from jsonargparse import ArgumentParser
 
 from slm_pl import loading
-from slm_pl.compression.architecture import architecture_of, cache_values, decoder_layers, num_layers
+from slm_pl.compression.architecture import architecture_of, cache_values, decoder_layers, num_layers, output_of
 from slm_pl.compression.least_squares import CHUNK
-from slm_pl.compression.plan import count_parameters
-from slm_pl.compression.target import layers_share, layers_to_remove
+from slm_pl.compression.plan import count_parameters, load_plans
 from slm_pl.data import CalibrationText, EvaluationText, TrainingData, load_calibration, load_evaluation
 from slm_pl.errors import UsageError
 from slm_pl.estimate.costs import (
@@ -30,31 +30,45 @@ from slm_pl.estimate.costs import (
     recovery_cost,
     search_cost,
 )
-from slm_pl.estimate.rehearsal import Method, rehearse
+from slm_pl.estimate.rehearsal import Rehearsal, Work
 from slm_pl.recovery.adapters import LoRA, add_adapters
 from slm_pl.recovery.memory import Sizes, Strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-ARCHITECTURES = Path("configs/architectures")
+ARCHITECTURES = Path(__file__).resolve().parents[2] / "configs" / "architectures"
 ROWS = {"yahma/alpaca-cleaned": 51_760, "tatsu-lab/alpaca": 52_002}
 """Rows of data sets, as their pages on the Hub count them."""
 ROW_TOKENS, ANSWERED = 110, 0.51
 """Of 9,229 of Alpaca's rows, cut at 256, in tokens of SmolLM2; and the share of them that is response."""
 WIKITEXT2_TOKENS = 304_735
 """Of the raw test set, in tokens of SmolLM2; Llama's are some 10 % more."""
+WIKITEXT_ROW_TOKENS = 70
+"""Of a row of it, of which there are 4,358."""
 QUESTIONS = {
-    "boolq": (3270, 196),
-    "piqa": (1838, 77),
-    "hellaswag": (10042, 170),
-    "winogrande": (1267, 45),
-    "arc_easy": (2376, 107),
-    "arc_challenge": (1172, 147),
-    "openbookqa": (500, 46),
-    "embedded_docstrings": (100, 120),
+    "boolq": (3270, 2, 196),
+    "piqa": (1838, 2, 77),
+    "hellaswag": (10042, 4, 170),
+    "winogrande": (1267, 2, 45),
+    "arc_easy": (2376, 4, 107),
+    "arc_challenge": (1172, 4, 147),
+    "openbookqa": (500, 4, 46),
+    "embedded_docstrings": (100, 4, 120),
 }
-"""Questions of a task, and tokens that all answers of one take, padding included: those of SmolLM2 on the first 100."""
+"""Questions of a task, answers of each, and tokens that all of them take, padding included: SmolLM2's, of the first 100
+questions on average."""
+STRATEGIES: dict[str, tuple[Strategy, bool]] = {
+    "ddp": ("ddp", False),
+    "deepspeed": ("deepspeed_stage_2", False),
+    "deepspeed_stage_1": ("deepspeed_stage_1", False),
+    "deepspeed_stage_2": ("deepspeed_stage_2", False),
+    "deepspeed_stage_2_offload": ("deepspeed_stage_2", True),
+    "deepspeed_stage_3": ("deepspeed_stage_3", False),
+    "deepspeed_stage_3_offload": ("deepspeed_stage_3_offload", False),
+}
+"""By Lightning's name: that of the formulas, and whether the optimizer's state is in main memory."""
+LIGHTNINGS_BUCKET = 200_000_000
 PROMPT_TOKENS = 12  # of a protocol's own text
 
 
@@ -75,7 +89,7 @@ class Estimate:
     left_out: list[str] = field(default_factory=list)
 
 
-def find_config(pretrained: str, revision: str | None, architecture: str | None) -> "PreTrainedConfig":
+def find_config(source: loading.Source, architecture: str | None) -> "PreTrainedConfig":
     """The sizes of a model: of a file, of ``configs/architectures``, else of the model itself.
 
     Raises:
@@ -87,13 +101,13 @@ def find_config(pretrained: str, revision: str | None, architecture: str | None)
     for path in paths:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if architecture is not None or content.get("_name_or_path") == pretrained:
+            if architecture is not None or content.get("_name_or_path") == source.pretrained:
                 return AutoConfig.for_model(content.pop("model_type"), **content)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"--architecture {path} is no config of a model: {error!r}. Give a config.json of transformers."
             ) from None
-    return loading.read_config(loading.resolve(pretrained, revision))
+    return loading.read_config(source)
 
 
 def objects_of(entries: Sequence[Mapping[str, Any]]) -> list[pl.Callback]:
@@ -113,24 +127,44 @@ def data_of(entry: Mapping[str, Any]) -> TrainingData:
     return data
 
 
-def gpus_of(trainer: Mapping[str, Any]) -> int:
-    """Processes of a run; one where the config leaves it to Lightning."""
+def gpus_of(trainer: Mapping[str, Any]) -> int | None:
+    """Processes of a run; None where the config leaves it to Lightning."""
     devices = trainer.get("devices")
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    elif isinstance(devices, str) and devices.isdecimal():
+        devices = int(devices)
     count = len(devices) if isinstance(devices, list) else devices
-    count = int(count) if isinstance(count, int) or (isinstance(count, str) and count.isdecimal()) else 1
-    return max(count, 1) * int(trainer.get("num_nodes") or 1)
+    if not isinstance(count, int) or count < 1:
+        return None
+    return count * int(trainer.get("num_nodes") or 1)
 
 
-def strategy_of(trainer: Mapping[str, Any], gpus: int) -> Strategy:
-    """The name by which :func:`~slm_pl.recovery.memory.training_memory` knows a config's strategy."""
-    given = trainer.get("strategy")
-    if isinstance(given, Mapping) and "stage" in (given.get("init_args") or {}):
-        arguments = given["init_args"]
-        offload = arguments["stage"] == 3 and arguments.get("offload_parameters")
-        return f"deepspeed_stage_{arguments['stage']}{'_offload' if offload else ''}"  # type: ignore[return-value]
-    if isinstance(given, str) and given.startswith("deepspeed_stage_"):
-        return given  # type: ignore[return-value]
-    return "single_device" if gpus == 1 else "ddp"
+def strategy_of(trainer: Mapping[str, Any], gpus: int) -> tuple[Strategy, bool, int]:
+    """How :func:`~slm_pl.recovery.memory.training_memory` calls a strategy, whether it offloads, and its bucket.
+
+    Raises:
+        UsageError: If there are no formulas for it.
+    """
+    given = trainer.get("strategy") or "auto"
+    if isinstance(given, str):
+        if given == "auto" or given.startswith("ddp"):
+            return ("single_device" if gpus == 1 else "ddp"), False, 0
+        if given in STRATEGIES:
+            return *STRATEGIES[given], LIGHTNINGS_BUCKET
+    else:
+        name, arguments = str(given.get("class_path", "")).rpartition(".")[2], given.get("init_args") or {}
+        if name == "DDPStrategy":
+            return strategy_of({"strategy": "ddp"}, gpus)
+        if name == "DeepSpeedStrategy" and arguments.get("stage", 2) in (1, 2, 3):
+            stage = f"deepspeed_stage_{arguments.get('stage', 2)}"
+            offload = arguments.get("offload_optimizer") or arguments.get("offload_parameters")
+            known = STRATEGIES.get(f"{stage}_offload" if offload else stage, STRATEGIES[stage])
+            return *known, int(arguments.get("reduce_bucket_size") or LIGHTNINGS_BUCKET)
+    raise UsageError(
+        f"trainer.strategy is {given}, for whose memory there are no formulas. There are some for auto, ddp and "
+        f"{', '.join(name for name in STRATEGIES if name != 'ddp')}."
+    )
 
 
 class _Estimator:
@@ -138,31 +172,46 @@ class _Estimator:
 
     def __init__(self, name: str, run: Mapping[str, Any], architecture: str | None) -> None:
         self.run, self.found = run, Estimate(name)
-        settings = run["model"]
-        self.settings, self.trainer = settings, run["trainer"]
-        self.gpus = gpus_of(self.trainer)
-        config = find_config(settings["pretrained"], settings.get("revision"), architecture)
+        settings, self.trainer = run["model"], run["trainer"]
+        self.settings = settings
+        if not settings.get("pretrained"):
+            raise UsageError(f"{name} names no model.pretrained. Each --config is a whole run; let one lie on `parts`.")
+        gpus = gpus_of(self.trainer)
+        self.gpus = 1 if gpus is None else gpus
+        if gpus is None:
+            self._leave_out("trainer.devices is Lightning's choice: as one")
+        if settings["quantization"] is not None:
+            self._leave_out("model.quantization: as if the weights were in their own dtype")
+        self.source = loading.resolve(settings["pretrained"], settings["revision"], bool(settings["trust_remote_code"]))
+        config = find_config(self.source, architecture)
         self.dtype = self._dtype(settings["dtype"], config)
         self.empty = loading.empty_model(config, dtype=self.dtype)
+        architecture_of(self.empty)  # tells one that is not known
+        self.data = data_of(run["data"])
+        half = str(self.trainer["precision"]) in ("bf16-true", "16-true")
         self.dense = Model(self.empty, self.dtype.itemsize, streamed=settings["streaming"])
+        self.later = replace(self.dense, itemsize=2) if half else self.dense
         if settings["streaming"]:
-            self.found.left_out.append("streaming: prune only, and the time to read the layers from their files")
+            self._leave_out("streaming: of prune only, and without the time to read the layers from their files")
         self.inputs = Sizes.of(self.empty, config, 0).intermediate
         self.callbacks = objects_of(self.trainer["callbacks"] or [])
         self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def _leave_out(self, reason: str) -> None:
+        self.found.left_out.append(reason)
 
     def _dtype(self, name: str, config: "PreTrainedConfig") -> torch.dtype:
         dtype = getattr(torch, name) if name != "auto" else getattr(config, "dtype", None)
         if isinstance(dtype, torch.dtype):
             return dtype
-        self.found.left_out.append("model.dtype is auto and the sizes say none: bfloat16")
+        self._leave_out("model.dtype is auto and the sizes say none: bfloat16")
         return torch.bfloat16
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Of the model, if that is on this machine."""
         if self._tokenizer is None:
-            self._tokenizer = loading.load_tokenizer(loading.resolve(self.settings["pretrained"]))
+            self._tokenizer = loading.load_tokenizer(self.source)
         return self._tokenizer
 
     def _here(self, source: str) -> bool:
@@ -176,108 +225,165 @@ class _Estimator:
         """All samples of some texts."""
         parts: list[Text] = []
         for text in texts:
-            samples = text.samples
-            if text.sampling == "stream" and self._here(text.source):
-                samples = load_calibration(text, self.tokenizer).samples
+            samples, length = text.samples, text.sequence_length
+            if self._here(text.source) and (text.sampling == "stream" or text.source.endswith(".json")):
+                found = [sample for batch in load_calibration(text, self.tokenizer) for sample in batch]
+                samples, length = len(found), round(sum(map(len, found)) / len(found))
             elif text.sampling == "stream":
-                self.found.left_out.append(f"each document of {text.source} as one sample of {text.sequence_length}")
-            parts.append(Text(samples, text.sequence_length, text.batch_size))
+                if "wikitext" in text.source:
+                    samples = max(1, samples * WIKITEXT_ROW_TOKENS // length)
+                    self._leave_out(f"a row of {text.source} as {WIKITEXT_ROW_TOKENS} tokens")
+                else:
+                    self._leave_out(f"each document of {text.source} as one sample of {length} tokens")
+            parts.append(Text(samples, length, text.batch_size))
         tokens, samples = sum(part.tokens for part in parts), sum(part.samples for part in parts)
         return Text(samples, round(tokens / samples), max(part.batch for part in parts))
 
-    def compression(self) -> float:
-        """Search and refits of every method; returns how much of the layers is left."""
-        methods = [c for c in self.callbacks if callable(getattr(c, "decide", None))]
-        if not methods:
-            return 1.0
-        data = data_of(self.run["data"])
-        kept, total = 1.0, num_layers(self.empty)
-        share = layers_share(self.empty, total)
-        for method in methods:
-            method_name = type(method).__name__
-            left, rest = total * kept, kept * share + 1 - share
-            ratio, layers = getattr(method, "ratio", None), getattr(method, "remove_layers", None)
+    def compression(self) -> Model:
+        """Search and refits of every method; returns what is left."""
+        model, total = self.dense, num_layers(self.empty)
+        carried = [] if self.source.directory is None else load_plans(self.source.directory)
+        made = {plan.method.class_path.rpartition(".")[2] for plan in carried}
+        rehearsal: Rehearsal | None = None
+        for method in (c for c in self.callbacks if callable(getattr(c, "decide", None))):
+            name = type(method).__name__
+            if name in made:
+                self._leave_out(f"{name}: {self.settings['pretrained']} carries its plan, so it does not act")
+                continue
             if getattr(method, "plan_path", None):
-                raise UsageError(f"{method_name} has a plan_path, so nothing is searched. Leave it out (null).")
-            if hasattr(method, "remove_layers") and (ratio is not None or layers is not None):
-                gone = layers_to_remove(self.empty, layers, None if layers is not None else ratio, total - 1, "of it")
-                method.remove_layers, method.ratio = gone, None  # type: ignore[attr-defined]
-                kept *= (left - gone) / left
-            elif ratio is not None:
-                kept -= ratio * rest / share
-            elif getattr(method, "layer_ratio", None) is not None:
-                kept *= 1 - method.layer_ratio  # type: ignore[attr-defined]
-            else:
-                self.found.left_out.append(f"what {method_name} removes is not known before: as if nothing")
-        named: list[Method] = methods  # type: ignore[assignment]
-        done = rehearse(named, total, self.inputs / self.dense.hidden)
-        for method, (work, fit) in zip(methods, done, strict=True):
-            text, budget = self._calibration([data.calibration]), getattr(method, "memory_budget", None)
-            limit = None if budget is None else budget * 2**30
-            self.found.phases.append(search_cost(self.dense, work, text, self.gpus, self.inputs, limit))
-            if fit is not None:
-                fitted = self._calibration(data.fitting or [data.calibration])
-                fitted = replace(fitted, batch=max(1, CHUNK // fitted.length))
-                self.found.phases.append(search_cost(self.dense, fit, fitted, self.gpus, self.inputs))
-        return kept
+                raise UsageError(f"{name} has a plan_path, so nothing is searched. Leave it out (null).")
+            left = self._left(method, model)
+            rehearsal = rehearsal or Rehearsal(total, self.inputs / self.dense.hidden)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # what is said there is about random weights
+                    work, fit = rehearsal.perform(method, left is not None)  # type: ignore[arg-type]
+                self._searched(method, model, work, fit)
+            except UsageError as error:
+                self._leave_out(f"the search of {name}, which cannot be rehearsed on a narrow model: {error}")
+            if left is None:
+                self._leave_out(f"what {name} removes is not known before: as if nothing")
+            model = left or model
+        return model
+
+    def _searched(self, method: object, model: Model, work: Work, fit: Work | None) -> None:
+        text, limit = self._calibration([self.data.calibration]), None
+        if hasattr(method, "memory_budget"):
+            limit = (method.memory_budget or 2.0) * 2**30
+        self.found.phases.append(search_cost("search", model, work, text, self.gpus, self.inputs, limit))
+        if fit is not None:
+            fitted = self._calibration(self.data.fitting or [self.data.calibration])
+            fitted = replace(fitted, batch=max(1, CHUNK // fitted.length))
+            self.found.phases.append(search_cost("least squares", model, fit, fitted, self.gpus, self.inputs))
+
+    def _left(self, method: Any, model: Model) -> Model | None:
+        """What a method leaves of a model, if its size is known before; sets its number of layers."""
+        total, name = num_layers(self.empty), type(method).__name__
+        count = round(total * model.depth)
+        ratio, layers = getattr(method, "ratio", None), getattr(method, "remove_layers", None)
+        named = getattr(method, "layers", None)
+        if ratio is not None or layers is not None or named is not None:
+            each = model.layer_parameters * model.width
+            if hasattr(method, "remove_layers"):
+                gone = len(named) if named is not None else layers or round((ratio or 0) * model.parameters / each)
+                if not 1 <= gone < count:
+                    raise UsageError(f"{name} is to remove {gone} of {count} layers; 1 to {count - 1} can go.")
+                if named is None:
+                    method.remove_layers, method.ratio = gone, None
+                return replace(model, depth=(count - gone) / total)
+            width = 1 - (ratio or 0) * model.parameters / (each * count)
+            if width <= 0:
+                most = each * count / model.parameters
+                raise UsageError(f"ratio of {name} is {ratio}; the layers are {most:.0%} of the parameters.")
+            return replace(model, width=model.width * width)
+        if getattr(method, "layer_ratio", None) is not None:
+            ranges = [method.attention_layers, method.mlp_layers]
+            inside = [0 if part is None else len(range(total)[slice(*part)]) / total for part in ranges]
+            mlp = output_of(self.empty, 0, "mlp")
+            of_mlp = 2 / 3 if mlp is None else 3 * mlp.map.weight.numel() / model.layer_parameters
+            share = (1 - of_mlp) * inside[0] + of_mlp * inside[1]
+            return replace(model, width=model.width * (1 - method.layer_ratio * share))
+        return None
+
+    def _steps(self, rows: int) -> tuple[int, float] | None:
+        """Optimizer steps, and how many of them are an epoch; None if the config leaves it open."""
+        trainer, data = self.trainer, self.data
+        steps, epochs = trainer["max_steps"], trainer["max_epochs"]
+        there = ROWS.get(getattr(data, "path", ""))
+        most = getattr(data, "max_rows", None)
+        there = min(there, most or there) if there is not None else most
+        epoch = math.inf if there is None else math.ceil(max(there - data.val_size, 1) / rows)
+        if steps is not None and steps >= 0:
+            return round(min(steps, epoch * epochs if epochs is not None and epochs > 0 else math.inf)), epoch
+        if epochs is None or epochs < 1 or there is None:
+            return None
+        return round(epoch * epochs), epoch
 
     def recovery(self, model: Model) -> None:
         """Training of what is left."""
-        data, trainer = self.run["data"]["init_args"], self.trainer
-        instructions = "sequence_length" not in data
-        longest = data["cutoff"] if instructions else data["sequence_length"]
-        length = min(ROW_TOKENS, longest) if instructions else longest
-        rows = data["global_batch_size"] or data["batch_size"] * self.gpus * (trainer["accumulate_grad_batches"] or 1)
-        there = data.get("max_rows") or ROWS.get(data.get("path"))
-        steps, epochs = trainer["max_steps"], trainer["max_epochs"]
-        examples = None if there is None else there - data["val_size"]
-        if examples is not None and (epochs or -1) > 0:
-            planned = epochs * math.ceil(examples / rows)
-            steps = planned if steps is None or steps < 1 else min(steps, planned)
-        if steps is None or steps < 1:
-            self.found.left_out.append("recovery: how many rows the data have is not known; give trainer.max_steps")
+        data, trainer = self.data, self.trainer
+        longest = getattr(data, "cutoff", None) or getattr(data, "sequence_length", None)
+        accumulated = trainer["accumulate_grad_batches"] or 1
+        rows = data.global_batch_size or data.batch_size * self.gpus * accumulated
+        planned = self._steps(rows)
+        if longest is None or planned is None:
+            self._leave_out("recovery: how long it is does not stand in the config; give trainer.max_steps")
             return
-        every = trainer["val_check_interval"] or 1.0
-        if isinstance(every, float):
-            every = max(1, round(every * math.ceil((examples or steps * rows) / rows)))
-        lora = self.settings["lora"]
-        config = self.empty.config
+        steps, epoch = planned
+        if not steps:
+            return
+        instructions = hasattr(data, "cutoff")
+        if instructions and "alpaca" not in str(getattr(data, "path", "")):
+            self._leave_out(f"rows of {getattr(data, 'path', 'data')} as long as Alpaca's, {ROW_TOKENS} tokens")
+        if any(trainer[f"limit_{part}_batches"] not in (None, 1.0) for part in ("train", "val")):
+            self._leave_out("trainer.limit_train_batches and limit_val_batches: as if there were none")
+        every, micro = trainer["val_check_interval"] or 1.0, max(1, rows // (data.batch_size * self.gpus))
+        if isinstance(every, int | float) and not isinstance(every, bool):
+            between = max(1.0, every * epoch if isinstance(every, float) else every / micro)
+            validations = 0 if between == math.inf else math.floor(steps / between + 1e-9)
+        else:
+            validations = 0
+            self._leave_out("validation, which goes by the clock")
+        lora, config = self.settings["lora"], self.empty.config
         if lora is None:
-            whole = Sizes.of(self.empty, config, 0)
-            sizes = replace(whole, frozen=0, trainable=round(model.parameters))
+            sizes = replace(Sizes.of(self.empty, config, 0), frozen=0, trainable=round(model.parameters))
             if self.settings["last_layers"] is not None:
-                self.found.left_out.append("last_layers: as if all weights were trained")
+                self._leave_out("model.last_layers: as if all weights were trained")
         else:
             arguments = {key: lora[key] for key in LoRA.__dataclass_fields__}
             adapted = add_adapters(loading.empty_model(config, dtype=self.dtype), LoRA(**arguments), float32=True)
             sizes = Sizes.of(adapted, config, lora["r"])
-            trained = round(sizes.trainable * model.kept)
+            trained = round(sizes.trainable * model.depth * model.width)
             sizes = replace(sizes, frozen=round(model.parameters), trainable=trained)
+        strategy, offloaded, bucket = strategy_of(trainer, self.gpus)
         recipe = Recipe(
             rows=rows,
             steps=steps,
-            batch=data["batch_size"],
-            length=length,
+            batch=data.batch_size,
+            length=min(ROW_TOKENS, longest) if instructions else longest,
             longest=longest,
             answered=ANSWERED if instructions else 1.0,
-            validated=data["val_size"] * (steps // every),
+            validated=data.val_size * validations,
+            validation_batch=data.eval_batch_size,
             checkpointed=self.settings["gradient_checkpointing"],
             teacher=self.settings["distillation"] is not None,
-            strategy=strategy_of(trainer, self.gpus),
+            strategy=strategy,
+            offloaded=offloaded,
+            bucket=bucket,
         )
-        sizes = replace(sizes, layers=round(model.layers))
-        self.found.phases.append(recovery_cost(model, self.dense, sizes, recipe, self.gpus))
+        sizes = replace(sizes, layers=round(num_layers(self.empty) * model.depth))
+        self.found.phases.append(recovery_cost(model, self.later, sizes, recipe, self.gpus))
 
     def _windows(self, texts: Sequence[EvaluationText], batch: int) -> Iterator[Text]:
         for text in texts:
             rules = text.protocol()
             tokens = WIKITEXT2_TOKENS if rules.source == "wikitext2" else None
             if self._here(rules.source):
-                windows = load_evaluation(text, self.tokenizer)
-                tokens = sum(map(len, windows.ids))
+                yield Text(len(load_evaluation(text, self.tokenizer).ids), rules.sequence_length, batch)
+                continue
             tokens = rules.max_tokens if tokens is None else min(tokens, rules.max_tokens or tokens)
             if tokens is None:
-                self.found.left_out.append(f"perplexity of {rules.label}: its length is not known")
+                self._leave_out(f"perplexity of {rules.label}: its length is not known")
                 continue
             step = rules.stride or rules.sequence_length
             yield Text(math.ceil(tokens / step), rules.sequence_length, batch)
@@ -294,11 +400,13 @@ class _Estimator:
                 batch = known.batch_size if isinstance(known.batch_size, int) else 8
                 asked = []
                 for task in known.tasks:
-                    if task not in QUESTIONS or known.num_fewshot:
-                        self.found.left_out.append(f"zero-shot {task}: its length is not known")
+                    shots = known.num_fewshot
+                    if task not in QUESTIONS or (shots.get(task) if isinstance(shots, dict) else shots):
+                        self._leave_out(f"zero-shot {task}: its length is not known")
                         continue
-                    questions, tokens = QUESTIONS[task]
-                    asked.append(Text(min(questions, known.limit or questions), tokens, batch))
+                    questions, answers, tokens = QUESTIONS[task]
+                    requests = answers * min(questions, known.limit or questions)
+                    asked.append(Text(requests, round(tokens / answers), batch))
                 self.found.phases.append(reading_cost("zero-shot", model, asked, self.gpus))
             elif kind == "Efficiency":
                 runs = [
@@ -308,12 +416,12 @@ class _Estimator:
                 values = cache_values(decoder_layers(self.empty)[0], architecture_of(self.empty))
                 self.found.phases.append(generation_cost(model, runs, values))
             elif kind in ("RepresentationSimilarity", "Drift", "Examples"):
-                self.found.left_out.append(f"{kind}: a pass or two")
+                self._leave_out(f"{kind}: a pass or two")
 
     def done(self) -> Estimate:
         """All phases."""
-        kept = self.compression()
-        model = replace(self.dense, kept=kept)
+        left = self.compression()
+        model = replace(self.later, depth=left.depth, width=left.width)
         self.found.parameters = (count_parameters(self.empty), model.parameters)
         self.recovery(model)
         self.evaluation(model)

@@ -149,7 +149,13 @@ def saved_by_layer(sizes: Sizes, tokens: int, mask_bytes: int = 1) -> int:
 
 
 def training_memory(
-    sizes: Sizes, strategy: Strategy, gpus: int, tokens: int, response_tokens: int, mask_bytes: int = 1
+    sizes: Sizes,
+    strategy: Strategy,
+    gpus: int,
+    tokens: int,
+    response_tokens: int,
+    mask_bytes: int = 1,
+    bucket: int = REDUCE_BUCKET,
 ) -> TrainingMemory:
     r"""Peak memory of LoRA training with ``precision: bf16-true`` and gradient checkpointing.
 
@@ -189,6 +195,7 @@ def training_memory(
         tokens: Of a micro-batch on one GPU, padding included.
         response_tokens: Of these, the ones whose logits are computed.
         mask_bytes: See :func:`saved_by_layer`.
+        bucket: Parameters that DeepSpeed reduces at a time.
     """
     frozen, trainable = sizes.frozen, sizes.trainable
     sharded = trainable / gpus
@@ -204,10 +211,10 @@ def training_memory(
     optimizer, master = 2 * FP32 * sharded, FP32 * sharded
     if strategy in ("deepspeed_stage_1", "deepspeed_stage_2"):
         gradients = BF16 * (trainable if strategy == "deepspeed_stage_1" else sharded)
-        buckets = 2 * BF16 * REDUCE_BUCKET
+        buckets = 2 * BF16 * bucket
         return TrainingMemory(BF16 * frozen, BF16 * trainable, gradients, optimizer, master, buckets, *activations)
     shares = (BF16 * frozen / gpus, BF16 * sharded, BF16 * sharded, optimizer, master)
-    buffers = BF16 * (REDUCE_BUCKET + sizes.persistent + min(frozen + trainable, MAX_LIVE_PARAMETERS))
+    buffers = BF16 * (bucket + sizes.persistent + min(frozen + trainable, MAX_LIVE_PARAMETERS))
     if strategy == "deepspeed_stage_3":
         return TrainingMemory(*shares, buffers, *activations)
     return TrainingMemory(0, 0, 0, 0, 0, buffers, *activations, host=sum(shares))

@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as work:
         rows["quickstart: recovery, 10 steps"] = trained(Path(work), machine)
     rows |= {f"quickstart_dense: {k}": v for k, v in evaluated(machine).items()}
-    shown = Table(title=f"{machine.name}: {machine.flops / 1e9:,.0f} GFLOP/s, {machine.bytes_per_s / 1e9:,.0f} GB/s")
+    shown = Table(title=f"{machine.name}: {machine.flops32 / 1e9:,.0f} GFLOP/s, {machine.bytes_per_s / 1e9:,.0f} GB/s")
     for column in ("phase", "estimated", "measured", "measured / estimated"):
         shown.add_column(column, justify="left" if column == "phase" else "right")
     for name, (said, took) in rows.items():

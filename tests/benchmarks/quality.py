@@ -17,7 +17,9 @@ C4 documents the first 200 are for calibration, the rest for evaluation. All met
 tokens; the search that refits its candidates scores on as many and fits on 30 x 128; least squares fits on some 30k
 others. ``--output`` holds a file for each row, and what is in it is not made again, so that the command may be
 interrupted, and all but the seconds may be measured by several at a time (``--methods``); figures of other options are
-made anew. ``--decide`` ends with the searches.
+made anew. ``--decide`` ends with the searches, ``--only-recovered`` leaves out the figures before the recovery and what
+a search takes. Recovery takes some three minutes a row; ``--rows tests/benchmarks/quality_rows.json`` are those of
+README, and what is in there is not made again either.
 """
 
 import argparse
@@ -254,16 +256,17 @@ def table(rows: dict[str, dict[str, float]], dense: dict[str, float]) -> Table:
     shown.add_row("–", "dense", "100 %", *_figures(dense, []), "–", "–")
     for size in SIZES:
         names = {method: f"{method} {size}" for method in METHODS}
-        own = {method: rows[name] for method, name in names.items() if "wikitext" in rows.get(name, {})}
+        made = {method: rows.get(name, {}) for method, name in names.items()}
+        own = {method: row for method, row in made.items() if "wikitext" in row or "recovered_wikitext" in row}
         shown.add_section()
-        for method, row in sorted(own.items(), key=lambda item: item[1]["wikitext"]):
+        for method, row in sorted(own.items(), key=lambda item: item[1].get("wikitext", math.inf)):
             peak = f"{row['peak_bytes'] / MB:,.0f} MB" if "peak_bytes" in row else "–"
             shown.add_row(
                 str(size),
                 method,
                 f"{row['parameters']:.1%}",
                 *_figures(row, list(own.values())),
-                f"{row['seconds']:.0f} s",
+                f"{row['seconds']:.0f} s" if "seconds" in row else "–",
                 peak,
                 *(_figures(row, list(own.values()), "recovered_") if again else []),
             )
@@ -347,6 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", nargs="*", type=int, choices=SIZES, default=list(SIZES))
     parser.add_argument("--recover", type=int, default=0, metavar="STEPS", help="also train so many steps; 0 for none")
     parser.add_argument("--decide", action="store_true", help="search and fit, and measure another time")
+    parser.add_argument("--only-recovered", action="store_true", help="with --recover: nothing of the models before it")
+    parser.add_argument("--rows", type=Path, help="rows that were made elsewhere, .json")
     parser.add_argument("--output", type=Path, default=Path("runs/quality"))
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -354,6 +359,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = {"limit": options.limit, "wikitext": texts.wikitext.sha256, "c4": texts.c4.sha256}
     asked |= {"calibration": texts.more_calibration.sha256, "fitting": texts.fitting.sha256}
     rows: dict[str, dict[str, float]] = {}
+    given = json.loads(options.rows.read_text()) if options.rows else {}
+    if given and given["asked"] != asked:
+        parser.error(f"{options.rows} holds figures of {given['asked']}; asked are those of {asked}")
+    rows |= given.get("rows", {})
 
     def known(name: str) -> dict[str, float]:
         if name not in rows:
@@ -362,29 +371,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows[name] = record["row"] if record.get("asked") == asked else {}
         return rows[name]
 
+    def wanted(name: str) -> tuple[bool, bool]:
+        """Whether figures before and after the recovery are to be made."""
+        before = not options.only_recovered and "wikitext" not in known(name)
+        return before, options.recover > 0 and known(name).get("recovered_steps") != options.recover
+
     def keep(name: str, row: dict[str, float]) -> None:
         rows[name] = known(name) | row
         files.write_text(options.output / f"{name}.row.json", json.dumps({"asked": asked, "row": rows[name]}, indent=1))
 
+    def plan_of(name: str) -> Plan:
+        return Plan.load(options.output / f"{name}.json")
+
     cells = [(method, size, f"{method} {size}") for size, method in itertools.product(options.layers, options.methods)]
     for method, size, name in cells:
-        if "seconds" not in known(name):
+        if any(wanted(name)) and not ("seconds" in known(name) and (options.output / f"{name}.json").is_file()):
             keep(name, decided(method, size, texts, options.output / f"{name}.json"))
             console.print(f"{name}: {rows[name]['seconds']:.0f} s")
     if options.decide:
         return 0
-    dense = load_model(resolve(MODEL), dtype="float32")
-    reference = reference_states(dense, texts.compared, "dense", show_progress=False)
-    if not known("dense"):
-        keep("dense", measure(dense, texts, reference, options.data, options.limit))
-    del dense
+    if not known("dense") or any(any(wanted(name)) for _, _, name in cells):
+        dense = load_model(resolve(MODEL), dtype="float32")
+        reference = reference_states(dense, texts.compared, "dense", show_progress=False)
+        if not known("dense"):
+            keep("dense", measure(dense, texts, reference, options.data, options.limit))
+        del dense
     for _, _, name in cells:
-        plan = Plan.load(options.output / f"{name}.json")
-        if "wikitext" not in rows[name]:
-            keep(name, measure(pruned(plan), texts, reference, options.data, options.limit))
+        before, after = wanted(name)
+        if before:
+            keep(name, measure(pruned(plan_of(name)), texts, reference, options.data, options.limit))
             console.print(f"{name}: {rows[name]['wikitext']:.1f} on WikiText-2, {rows[name]['c4']:.1f} on C4")
-        if options.recover and rows[name].get("recovered_steps") != options.recover:
-            trained = recover(plan, options.output / name.replace(" ", "_"), options.output, options.recover)
+        if after:
+            trained = recover(plan_of(name), options.output / name.replace(" ", "_"), options.output, options.recover)
             found = measure(trained, texts, reference, options.data, options.limit)
             again = {f"recovered_{figure}": value for figure, value in found.items()}
             keep(name, again | {"recovered_steps": options.recover})

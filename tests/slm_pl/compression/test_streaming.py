@@ -200,7 +200,7 @@ def test_the_next_layer_is_sent_while_one_runs(wide_dir):
     first = {id(p) for p in layers[0].parameters()}
     with torch.no_grad(), _sent(model, layers, CPU) as stream:
         send = stream._send
-        stream._send = lambda layer: (senders.append(threading.current_thread().name), send(layer))[1]
+        stream._send = lambda index: (senders.append(threading.current_thread().name), send(index))[1]
         stream.begin(2, layers[2])
         stream.end(layers[2])
         assert stream._ahead is not None

@@ -8,7 +8,16 @@ import callbacks
 from slm_pl.compression.architecture import decoder_layers, idle_expert_bytes
 from slm_pl.compression.least_squares import CHUNK, LeastSquares
 from slm_pl.data import CalibrationSet, CalibrationText
-from slm_pl.estimate.rehearsal import FITTED, FITTED_TOKENS, SAMPLES, TOKENS, Work, layer_operations, rehearse, stand_in
+from slm_pl.estimate.rehearsal import (
+    FITTED,
+    FITTED_TOKENS,
+    SAMPLES,
+    TOKENS,
+    Rehearsal,
+    Work,
+    layer_operations,
+    stand_in,
+)
 from tests.helpers.pico import CONFIGS, pico_model
 from tests.helpers.run import IDS
 
@@ -19,7 +28,7 @@ FIRST = 1 / SAMPLES  # one sample goes through alone, for its memory
 
 
 def work_of(method: callbacks.CompressionCallback, layers: int = LAYERS) -> Work:
-    return rehearse([method], layers, 1.5)[0][0]
+    return Rehearsal(layers, 1.5).perform(method)[0]
 
 
 def removals(kept: int) -> int:
@@ -74,7 +83,7 @@ def sample_ids() -> list[list[int]]:
 def test_least_squares():
     settings = LeastSquares(ridge=(0.01, 0.1, 1.0))
     method = callbacks.LayerRemoval(layers=[2], consolidation="least_squares", least_squares=settings)
-    [(search, fit)] = rehearse([method], LAYERS, 1.5)
+    search, fit = Rehearsal(LAYERS, 1.5).perform(method)
     assert search == Work(0, 0)
     assert fit is not None
     assert (fit.solutions, fit.columns) == (3, 6)  # each ridge factors its matrix, and goes through it down and up
@@ -89,16 +98,20 @@ def test_least_squares():
 def test_methods_one_after_the_other():
     depth = callbacks.SLEB(2, protect_first=0, protect_last=0)
     width = callbacks.FLAP(0.2)
-    (_, none), (work, _) = rehearse([depth, width], LAYERS, 1.5)
-    assert none is None
+    rehearsal = Rehearsal(LAYERS, 1.5)
+    assert rehearsal.perform(depth)[1] is None
+    work, _ = rehearsal.perform(width)
     assert work.layers == pytest.approx(LAYERS - 2)
+    again, _ = rehearsal.perform(callbacks.BlockInfluence(remove_layers=1), apply=False)
+    assert 0.7 * (LAYERS - 2) < again.layers < 0.9 * (LAYERS - 2)  # narrower layers, in units of whole ones
+    assert rehearsal.perform(callbacks.BlockInfluence(remove_layers=1))[0] == again
 
 
 def test_chance_of_the_caller_is_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    rehearse([callbacks.BlockInfluence(remove_layers=1)], 4, 1.5)
+    Rehearsal(4, 1.5).perform(callbacks.BlockInfluence(remove_layers=1))
     assert torch.equal(torch.rand(3), expected)
 
 
