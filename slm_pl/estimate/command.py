@@ -17,7 +17,7 @@ from slm_pl.recovery.memory import GB
 MachineName = Literal["a100", "h100", "this"]
 
 DESCRIPTION = """\
-Tells what configs take of each GPU before anything is run: operations, bytes, memory (at most), time. No weights are
+Tells what configs take of each GPU before anything is run: operations, bytes, memory, time. No weights are
 needed; where configs/architectures does not have the model's sizes, its config.json is fetched.
 
 A phase takes max(F / peak, B / bandwidth) / utilisation seconds. F are the operations of its matrix products, B the
@@ -71,7 +71,7 @@ def table(one: Estimate, machine: Machine, utilisation: float) -> Table:
     """A row for every phase of a config."""
     before, after = (f"{value / 1e9:.2f}" for value in one.parameters)
     shown = Table(title=f"{one.name}: {before} → {after} billion parameters; of each GPU", box=box.MARKDOWN)
-    for name in ("phase", "GPUs", "PFLOP", "TB read", "GB at most", "time", "GPU-hours"):
+    for name in ("phase", "GPUs", "PFLOP", "TB read", "GB", "time", "GPU-hours"):
         shown.add_column(name, justify="left" if name == "phase" else "right")
     hours = 0.0
     for phase in one.phases:

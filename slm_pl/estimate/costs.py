@@ -189,7 +189,7 @@ def search_cost(
 ) -> Phase:
     """A search, or the fits of least squares.
 
-    Memory, at most: the weights; the hidden states of the text behind every layer (of a chunk, for fits); with normal
+    Memory: the weights; the hidden states of the text behind every layer (of a chunk, for fits); with normal
     equations, two matrices of their size; of one batch, the inputs of the maps of one layer; slices of logits; with
     gradients, what a layer saves for them and its gradients in float32. Or less, if the method has a budget.
 

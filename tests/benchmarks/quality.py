@@ -354,6 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, help="rows that were made elsewhere, .json")
     parser.add_argument("--output", type=Path, default=Path("runs/quality"))
     options = parser.parse_args(arguments)
+    if options.only_recovered and not options.recover:
+        parser.error("--only-recovered leaves nothing to do without --recover STEPS")
     options.output.mkdir(parents=True, exist_ok=True)
     texts = read_texts(options.data, options.wikitext, options.output)
     asked = {"limit": options.limit, "wikitext": texts.wikitext.sha256, "c4": texts.c4.sha256}
@@ -362,13 +364,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = json.loads(options.rows.read_text()) if options.rows else {}
     if given and given["asked"] != asked:
         parser.error(f"{options.rows} holds figures of {given['asked']}; asked are those of {asked}")
-    rows |= given.get("rows", {})
+    elsewhere = given.get("rows", {})
 
     def known(name: str) -> dict[str, float]:
         if name not in rows:
             path = options.output / f"{name}.row.json"
             record = json.loads(path.read_text()) if path.is_file() else {}
-            rows[name] = record["row"] if record.get("asked") == asked else {}
+            rows[name] = elsewhere.get(name, {}) | (record["row"] if record.get("asked") == asked else {})
         return rows[name]
 
     def wanted(name: str) -> tuple[bool, bool]:
@@ -385,9 +387,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     cells = [(method, size, f"{method} {size}") for size, method in itertools.product(options.layers, options.methods)]
     for method, size, name in cells:
-        if any(wanted(name)) and not ("seconds" in known(name) and (options.output / f"{name}.json").is_file()):
-            keep(name, decided(method, size, texts, options.output / f"{name}.json"))
-            console.print(f"{name}: {rows[name]['seconds']:.0f} s")
+        before, after = wanted(name)
+        there = (options.output / f"{name}.json").is_file() and "parameters" in known(name)
+        if after and not there or before and not (there and "seconds" in known(name)):
+            made = decided(method, size, texts, options.output / f"{name}.json")
+            # Several may search at a time, and then the seconds are nobody's.
+            keep(name, {"parameters": made["parameters"]} if options.only_recovered else made)
+            console.print(f"{name}: {made['seconds']:.0f} s")
     if options.decide:
         return 0
     if not known("dense") or any(any(wanted(name)) for _, _, name in cells):
@@ -407,8 +413,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             again = {f"recovered_{figure}": value for figure, value in found.items()}
             keep(name, again | {"recovered_steps": options.recover})
             console.print(f"{name}: {found['wikitext']:.1f} and {found['c4']:.1f} after {options.recover} steps")
-    for path in sorted(options.output.glob("*.row.json")):
-        known(path.name.removesuffix(".row.json"))
+    for name in [*elsewhere, *(path.name.removesuffix(".row.json") for path in options.output.glob("*.row.json"))]:
+        known(name)
     console.print(table(rows, rows["dense"]))
     shown = [markdown(rows, when) for when in ("", "recovered_")]
     files.write_text(options.output / "quality.md", "\n".join(filter(None, shown)))
