@@ -410,3 +410,19 @@ def set_hidden_size(model: "PreTrainedModel", channels: int) -> None:
         if hasattr(module, "embed_scale"):  # Gemma's, the root of the hidden size
             module.embed_scale.fill_(channels**0.5)  # type: ignore[operator]
             module.scalar_embed_scale = channels**0.5
+
+
+def narrow_llama(layers: int, hidden: int, intermediate: int, heads: int, vocabulary: int) -> "PreTrainedModel":
+    """A Llama of these sizes with weights drawn at random, in eval mode; its attention is made of plain products."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()

@@ -128,7 +128,7 @@ class Model:
     streamed: bool = False
 
     @property
-    def layers(self) -> float:
+    def whole_layers(self) -> float:
         """Decoder layers of the dense model's width that would be as large."""
         return num_layers(self.empty) * self.depth * self.width
 
@@ -156,7 +156,7 @@ class Model:
     @property
     def parameters(self) -> float:
         """Of what is left."""
-        return self.layer_parameters * self.layers + count_parameters(self.empty) * self._rest
+        return self.layer_parameters * self.whole_layers + count_parameters(self.empty) * self._rest
 
     @property
     def nbytes(self) -> float:
@@ -166,12 +166,12 @@ class Model:
     @property
     def held(self) -> float:
         """Bytes of the weights that a search has in memory."""
-        layers = min(2, self.layers) if self.streamed else self.layers
-        return self.nbytes - (self.layers - layers) * self.layer_parameters * self.itemsize
+        layers = min(2, self.whole_layers) if self.streamed else self.whole_layers
+        return self.nbytes - (self.whole_layers - layers) * self.layer_parameters * self.itemsize
 
     def forward(self, tokens: float, length: int) -> float:
         """Operations of all layers."""
-        return self.layers * layer_operations(self.empty, 1, length) * tokens
+        return self.whole_layers * layer_operations(self.empty, 1, length) * tokens
 
     def head(self, tokens: float) -> float:
         """Operations of the language-model head."""
@@ -365,7 +365,7 @@ def generation_cost(model: Model, runs: Sequence[Generation], key_values: int) -
     flops, read, largest = 0.0, 0.0, 0.0
     for run in runs:
         steps = max(run.new - 1, 0)
-        cached = run.batch * (run.prompt + run.new) * key_values * model.layers * model.itemsize
+        cached = run.batch * (run.prompt + run.new) * key_values * model.whole_layers * model.itemsize
         seen = cached * (run.prompt + run.new / 2) / (run.prompt + run.new)
         flops += run.runs * model.forward(run.batch * (run.prompt + steps), run.prompt + run.new // 2)
         flops += run.runs * model.head(run.batch * max(run.new, 1))

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from slm_pl.compression import surgery
-from slm_pl.compression.architecture import decoder_layers, idle_expert_bytes, query_width
+from slm_pl.compression.architecture import decoder_layers, idle_expert_bytes, narrow_llama, query_width
 from slm_pl.compression.least_squares import LeastSquares, fit_outputs
 from slm_pl.compression.plan import Plan
 from slm_pl.data import CalibrationSet, CalibrationText
@@ -117,20 +117,9 @@ def stand_in(layers: int, shape: float) -> "PreTrainedModel":
         layers: Decoder layers.
         shape: Width of the MLP by that of the hidden state.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=round(WIDTH * shape),
-        num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        initializer_range=0.2,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+        return narrow_llama(layers, WIDTH, round(WIDTH * shape), HEADS, VOCABULARY)
 
 
 class Rehearsal:
