@@ -7,13 +7,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks.base import EarlyCheck, PlanObserver
-from slm_pl import loading
+from slm_pl import identity, loading
 from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.plan import Plan, count_parameters
 from slm_pl.data import EvaluationText, load_evaluation
 from slm_pl.errors import UsageError
 from slm_pl.evaluation._ranks import agreed
-from slm_pl.evaluation.drift import OutputHead, Reference, drift, reference_states
+from slm_pl.evaluation.drift import DriftResult, OutputHead, Reference, drift, reference_states
 from slm_pl.evaluation.windows import Windows
 from slm_pl.module import CausalLM
 
@@ -104,19 +104,25 @@ class Drift(PlanObserver, EarlyCheck):
                 f", but {quantised}: give the model as it was before as reference" if quantised else ""
             )
             return
-        if self._references is None:
+        dense = self._dense(pl_module)
+        for index, (text, windows) in enumerate(zip(self.texts, self._windows, strict=True)):
+            corpus = text.protocol().label
+            asked = [corpus, windows.sha256, windows.protocol, self.batch_size, dense.pretrained, dense.revision]
+            asked.append(None if dense.directory is None else identity.contents(dense.directory))
+
+            def measure(index: int = index, windows: Windows = windows, corpus: str = corpus) -> DriftResult:
+                if self._references is None:
+                    self._references = self._load(pl_module, model)
+                return drift(model, windows, self._references[index], corpus, batch_size=self.batch_size)
+
             try:
-                self._references = self._load(pl_module, model)
+                results.drift.append(pl_module.once(asked, DriftResult, measure))
+            except FloatingPointError as error:
+                results.missing[f"{MISSING} {corpus} @ {windows.sequence_length}"] = str(error)
             except _Gone as error:
                 results.missing[MISSING] = str(error)
                 rank_zero_warn(f"Drift was not measured: {error}")
                 return
-        for text, windows, reference in zip(self.texts, self._windows, self._references, strict=True):
-            corpus = text.protocol().label
-            try:
-                results.drift.append(drift(model, windows, reference, corpus, batch_size=self.batch_size))
-            except FloatingPointError as error:
-                results.missing[f"{MISSING} {corpus} @ {windows.sequence_length}"] = str(error)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets the texts and the dense model."""
@@ -126,6 +132,13 @@ class Drift(PlanObserver, EarlyCheck):
         assert self._windows is not None  # `check` comes before any work
         head = OutputHead.of(dense)
         return [reference_states(dense, windows, name, head, self.batch_size) for windows in self._windows]
+
+    def _dense(self, module: CausalLM) -> loading.Source:
+        """Where the dense model is, or was."""
+        if self.reference is not None:
+            return loading.resolve(self.reference, None, module.source.trust_remote_code)
+        base = module.plans[0].base
+        return loading.Source(base.pretrained, base.pretrained, base.revision)
 
     def _load(self, module: CausalLM, model: "PreTrainedModel") -> list[Reference]:
         """Loads the dense model in the dtype of the compressed one, asks it and forgets it."""

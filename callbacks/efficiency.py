@@ -1,6 +1,6 @@
 """Speed, memory, utilisation and work of generation, as a test hook."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,7 +19,7 @@ from slm_pl.evaluation.efficiency.nvml import GpuFigures
 from slm_pl.evaluation.efficiency.paired import sides_of
 from slm_pl.evaluation.efficiency.prompts import Prompts
 from slm_pl.evaluation.efficiency.protocols import Point, ProtocolName, grid, with_lengths
-from slm_pl.evaluation.efficiency.record import Paired
+from slm_pl.evaluation.efficiency.record import EfficiencyResult, Paired
 from slm_pl.evaluation.efficiency.runs import CacheKind, SDPABackend, Switches
 from slm_pl.evaluation.efficiency.work import machine_peak
 from slm_pl.module import CausalLM
@@ -191,6 +191,7 @@ class Efficiency(EarlyCheck):
         """Measures the model alone at every point."""
         assert self._grid is not None  # `setup` comes before
         assert self._settings is not None
+        assert module.journal is not None
         model, results = module.measured()
         found: list[GpuFigures] = []
         begin = len(results.efficiency)
@@ -198,24 +199,35 @@ class Efficiency(EarlyCheck):
             step("what the machine can do")
             peak = machine_peak(module.device, model.dtype)
             for point in self._grid:
-                figures, gpu = measure_point(
-                    model,
-                    module.tokenizer,
-                    point,
-                    self._settings,
-                    peak,
-                    lambda note, point=point: step(f"{point}: {note}"),  # type: ignore[misc]
-                )
-                results.efficiency.append(figures)
-                found.append(gpu or GpuFigures())
-                if figures.latency_s is None:
-                    rank_zero_warn(f"Efficiency, {point}: {figures.missing['latency_s']}")
+                asked = self._asked(point, "alone")
+                at = module.journal.find(asked, _AtPoint)
+                if at is None:
+                    at = _AtPoint(
+                        *measure_point(
+                            model,
+                            module.tokenizer,
+                            point,
+                            self._settings,
+                            peak,
+                            lambda note, point=point: step(f"{point}: {note}"),  # type: ignore[misc]
+                        )
+                    )
+                    module.journal.keep(asked, at)
+                results.efficiency.append(at.figures)
+                found.append(at.gpu or GpuFigures())
+                if at.figures.latency_s is None:
+                    rank_zero_warn(f"Efficiency, {point}: {at.figures.missing['latency_s']}")
         _tell_missing(results, begin, found)
+
+    def _asked(self, point: Point, beside: str) -> list[object]:
+        """All that decides what is measured at a point beside the model and the machine."""
+        return [repr(self.rules), repr(point), self.warmup, repr(self.switches), self.texts, beside]
 
     def _compare(self, module: CausalLM, name: str, begin: int) -> None:
         """Runs the baseline in turn with the model, at every point where the model ran."""
         assert self._grid is not None
         assert self._settings is not None
+        assert module.journal is not None
         model, results = module.measured()
         reason, dense = "", None
         try:
@@ -231,8 +243,10 @@ class Efficiency(EarlyCheck):
                 figures = results.efficiency[index]
                 if figures.latency_s is None:
                     continue
-                compared: Paired | str = f"with both models, {reason}"
-                if dense is not None:
+                asked = self._asked(point, name)
+                before = module.journal.find(asked, Paired)
+                compared: Paired | str = before or f"with both models, {reason}"
+                if before is None and dense is not None:
                     compared = compare_point(
                         dense,
                         name,
@@ -244,6 +258,8 @@ class Efficiency(EarlyCheck):
                         figures.work,
                     )
                 if isinstance(compared, Paired):
+                    if before is None:
+                        module.journal.keep(asked, compared)
                     results.efficiency[index] = replace(figures, paired=compared)
                 else:
                     results.efficiency[index] = replace(figures, missing={**figures.missing, "paired": compared})
@@ -257,6 +273,14 @@ class Efficiency(EarlyCheck):
         size = f"{num_layers(dense)} layers, {count_parameters(dense) / 1e6:,.1f} M parameters"
         rank_zero_info(f"Efficiency: in turn with {name}, {size}")
         return dense.to(module.device)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _AtPoint:
+    """What is measured of the model alone at a point."""
+
+    figures: EfficiencyResult
+    gpu: GpuFigures | None
 
 
 _PARTS = {

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,7 +18,7 @@ from slm_pl.loading import DType
 from slm_pl.module import CausalLM, may_overwrite
 from slm_pl.pictures import load_figures
 from slm_pl.quantization import Quantization, require_torchao
-from slm_pl.trainer import TrainedCallback, previous
+from slm_pl.trainer import TrainedCallback, check_checkpoint, previous, read_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -208,9 +207,10 @@ def _load_best(trainer: pl.Trainer, pl_module: CausalLM) -> None:
             continue
         path = there[0]
         if isinstance(trainer.strategy, DeepSpeedStrategy):
+            check_checkpoint(path)
             sharding.load_trained(trainer.strategy, path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            state = read_checkpoint(path)["state_dict"]
             pl_module.load_state_dict(state, strict=False)
         rank_zero_info(f"Weights of the best checkpoint, {callback.monitor} = {score:.4g}: {path}")
         return

@@ -6,7 +6,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.base import EarlyCheck
 from slm_pl.data import EvaluationText, load_evaluation
 from slm_pl.errors import UsageError
-from slm_pl.evaluation.perplexity import perplexity
+from slm_pl.evaluation.perplexity import PerplexityResult, perplexity
 from slm_pl.evaluation.windows import Windows
 from slm_pl.module import CausalLM
 
@@ -63,8 +63,13 @@ class Perplexity(EarlyCheck):
         model, results = pl_module.measured()
         for text, windows in zip(self.texts, self._windows, strict=True):
             corpus = text.protocol().label
+            asked = [corpus, windows.sha256, windows.protocol, self.batch_size]
+
+            def measure(windows: Windows = windows, corpus: str = corpus) -> PerplexityResult:
+                return perplexity(model, windows, corpus, batch_size=self.batch_size)
+
             try:
-                results.perplexity.append(perplexity(model, windows, corpus, batch_size=self.batch_size))
+                results.perplexity.append(pl_module.once(asked, PerplexityResult, measure))
             except FloatingPointError as error:
                 results.missing[f"perplexity {corpus} @ {windows.sequence_length}"] = str(error)
 

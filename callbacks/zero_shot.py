@@ -1,6 +1,7 @@
 """Zero-shot accuracy, as a test hook."""
 
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -8,9 +9,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.base import EarlyCheck, on_first_rank
-from slm_pl import files
+from slm_pl import files, identity
 from slm_pl.evaluation.harness import SEVEN_TASKS, Shots, check_tasks
-from slm_pl.evaluation.zero_shot import Samples, check_arguments, zero_shot
+from slm_pl.evaluation.zero_shot import Samples, ZeroShotResult, check_arguments, zero_shot
 from slm_pl.module import CausalLM
 
 
@@ -75,18 +76,29 @@ class ZeroShot(EarlyCheck):
         """Measures."""
         assert isinstance(pl_module, CausalLM)
         model, results = pl_module.measured()
-        results.zero_shot = zero_shot(
-            model,
-            pl_module.tokenizer,
-            self.tasks,
-            local_data=self.local_data,
-            limit=self.limit,
-            batch_size=self.batch_size,
-            num_fewshot=self.num_fewshot,
-            chat_template=self.chat_template,
-            on_samples=(lambda samples: _write(Path(trainer.default_root_dir), samples)) if self.log_samples else None,
-            cache=self.cache,
-        )
+        run = Path(trainer.default_root_dir)
+
+        def measure() -> ZeroShotResult:
+            return zero_shot(
+                model,
+                pl_module.tokenizer,
+                self.tasks,
+                local_data=self.local_data,
+                limit=self.limit,
+                batch_size=self.batch_size,
+                num_fewshot=self.num_fewshot,
+                chat_template=self.chat_template,
+                on_samples=(lambda samples: _write(run, samples)) if self.log_samples else None,
+                cache=self.cache,
+            )
+
+        named = [path for path in (*self.tasks, self.local_data) if path is not None and os.path.exists(path)]
+        asked = {
+            "tasks": self.tasks,
+            "files": [identity.content_of(path) for path in named],
+            "protocol": [self.limit, self.batch_size, self.num_fewshot, self.chat_template, self.log_samples],
+        }
+        results.zero_shot = pl_module.once(asked, ZeroShotResult, measure)
         if results.zero_shot.cached:
             rank_zero_info("ZeroShot: figures of an earlier run with the same weights and questions")
 

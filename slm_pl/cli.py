@@ -1,6 +1,7 @@
 """The command line: what a trainer does, ``prune``, and ``compare``, ``data``, ``estimate`` and ``sweep``."""
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -32,6 +33,8 @@ from slm_pl.parts import PartsFile, read
 from slm_pl.trainer import Trainer
 
 CONFIG_VERSION = 1
+_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+"""What is wrong with a disk or the rights on it, not with this program."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -427,6 +430,16 @@ def main(args: Sequence[str] | None = None) -> None:
         if cause is None:
             raise
         print(f"error: {cause}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in _THE_DISK:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(
+            f"error: The disk{where} says: {error.strerror}. Make room there, or give a place that you may use; what "
+            "was finished before is whole, and the same command goes on.",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -26,6 +26,7 @@ from slm_pl.console import OWN_CODE, load_example
 from slm_pl.loading import DType, load_model, load_tokenizer, resolve, stock_class
 from slm_pl.pictures import IMPORTANCE, TRACE, WIDTHS, trace_pictures
 from slm_pl.quantization import INT8, Quantization, compress_first, quantization_of, require_torchao
+from slm_pl.sums import write_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +47,9 @@ def save_compressed(
 
     If the layers differ in width, the directory holds ``modeling_pruned.py``, a copy of
     :mod:`slm_pl.compression.modeling`, and the config names it: transformers runs it with ``trust_remote_code=True``.
+
+    ``SHA256SUMS`` holds the sums of all files but the card and its pictures; whoever loads the directory with this
+    package gets what was written, or an error. ``sha256sum -c SHA256SUMS`` says the same.
 
     Another dtype or int8 is what transformers makes of the ordinary checkpoint, which is written beside the directory
     for as long as that takes; the model in memory stays as it is. Whoever loads int8 needs torchao.
@@ -91,6 +95,7 @@ def save_compressed(
         pictures = [name for name in shown if name.endswith(".png")]
         card = _model_card(model, plans, recovered, pictures, *written)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        write_sums(temporary, left_out=["README.md", *pictures])
     return Path(directory)
 
 

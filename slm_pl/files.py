@@ -1,13 +1,23 @@
 """Files and directories that are either whole or absent."""
 
 import contextlib
+import glob
 import os
+import re
 import shutil
+import socket
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from slm_pl.errors import UsageError
+
+_OWNED, _ASIDE = "by-", ".old"
+"""In temporary names: in front of the host and process that write, and at the end of what stepped aside."""
 
 
 def cache_directory() -> Path:
@@ -29,7 +39,8 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        remove_abandoned(path)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_prefix(path), delete=False) as file:
             temporary = file.name
             file.write(content)
         os.chmod(temporary, 0o666 & ~_umask())
@@ -39,7 +50,8 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         raise UsageError(_unwritable(path.parent, error)) from error
     finally:
         if temporary is not None:
-            os.unlink(temporary)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -96,13 +108,14 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     """
     path = Path(path)
     check_output_directory(path, overwrite)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    remove_abandoned(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
         if overwrite and path.exists():
             # A directory cannot be replaced in one step: the old one steps aside first.
-            aside = temporary.with_name(f"{temporary.name}.old")
+            aside = temporary.with_name(f"{temporary.name}{_ASIDE}")
             os.replace(path, aside)
             try:
                 os.replace(temporary, path)
@@ -112,14 +125,90 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
             shutil.rmtree(aside)
         else:
             os.replace(temporary, path)  # fails if another process has filled the directory in the meantime
-    except OSError as error:
+    except Exception as error:
+        if disk_failure(error) is None:
+            raise
         raise UsageError(_unwritable(path, error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _unwritable(path: Path, error: OSError) -> str:
-    reason = error.strerror or str(error)
+def remove_abandoned(path: Path) -> None:
+    """Removes what processes that were killed, on this host, had begun to write in the place of a path.
+
+    A directory that had stepped aside for its successor when that happened goes back.
+    """
+    own_host = f".{path.name}.{_OWNED}{socket.gethostname()}-"
+    for left in path.parent.glob(f"{glob.escape(own_host)}*"):
+        number = left.name.removeprefix(own_host).partition(".")[0]
+        if not number.isdecimal() or not ended(socket.gethostname(), int(number)):
+            continue
+        with contextlib.suppress(OSError):
+            if left.name.endswith(_ASIDE) and not path.exists():
+                os.replace(left, path)
+            elif left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+
+
+def ended(host: str, number: int) -> bool:
+    """Whether a process of this host has ended; of another host nobody here can tell."""
+    if host != socket.gethostname() or number == os.getpid():
+        return False
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass  # another user's, or no process' number
+    return False
+
+
+def _prefix(path: Path) -> str:
+    """Of the temporary name of a file or directory: it says whose it is."""
+    return f".{path.name}.{_OWNED}{socket.gethostname()}-{os.getpid()}."
+
+
+def check_archive(path: str | os.PathLike[str], advice: str) -> None:
+    """Refuses a file of ``torch.save`` that is not as it was written, before anything is read from it.
+
+    It is a zip archive with a checksum for each tensor, which torch does not look at.
+
+    Args:
+        path: The file.
+        advice: What to do then.
+
+    Raises:
+        UsageError: If it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        torch._C.PyTorchFileReader(os.fspath(path))  # which is more particular about some fields
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise UsageError(f"The checkpoint {path} is damaged ({error}). {advice}") from error
+    if bad is not None:
+        raise UsageError(f"The checkpoint {path} is damaged (its part {bad}). {advice}")
+
+
+def disk_failure(error: BaseException) -> str | None:
+    """What a disk, or the rights on it, said no to; None for other failures.
+
+    The writers of safetensors and of checkpoints have errors of their own for it.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is not None and type(error).__name__ == "SafetensorError":
+        return os.strerror(int(number[1]))
+    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error):
+        return "the file could not be written to its end"
+    return None
+
+
+def _unwritable(path: Path, error: Exception) -> str:
+    reason = disk_failure(error)
     return f"Cannot write to {path}: {reason}. Give a directory on a disk that you can write to and that has room."
 
 

@@ -18,6 +18,7 @@ from slm_pl.compression.modeling import with_widths
 from slm_pl.compression.structures import width_layout
 from slm_pl.errors import UsageError
 from slm_pl.quantization import INT8, Quantization, check_quantization, int8_config, quantization_of
+from slm_pl.sums import check_sums, write_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -96,12 +97,15 @@ def load_model(
             is int8 already is loaded as it is.
 
     Raises:
-        UsageError: If there is no such model, it cannot be reached, it lacks weights, it needs code of its own that was
+        UsageError: If there is no such model, it cannot be reached, its files are not as they were written (where
+            ``SHA256SUMS`` tells), it lacks weights, it needs code of its own that was
             not trusted, it is quantised in another way than was asked for, or torchao is needed and missing.
     """
     from transformers import AutoModelForCausalLM
 
     config = read_config(source)
+    if source.directory is not None:
+        check_sums(source.directory)
     check_quantization(config, source.pretrained, quantization)
     try:
         loader: type = AutoModelForCausalLM
@@ -136,6 +140,8 @@ def read_config(source: Source) -> "PreTrainedConfig":
     """
     from transformers import AutoConfig
 
+    if source.directory is not None:
+        check_sums(source.directory, lambda name: name == "config.json")
     try:
         config = AutoConfig.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -191,6 +197,8 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    if source.directory is not None:
+        check_sums(source.directory, lambda name: not name.endswith(".safetensors"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -285,6 +293,7 @@ def _convert_gguf(path: Path) -> Path:
             tokenizer.save_pretrained(directory)
             source = json.dumps({"file": name, "sha256": digest}) + "\n"
             (directory / "source.json").write_text(source, encoding="utf-8")
+            write_sums(directory)
     except UsageError:
         if not (target / "config.json").is_file():
             raise

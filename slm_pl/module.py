@@ -1,10 +1,11 @@
 """The LightningModule around a (compressed) causal language model."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -13,12 +14,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from slm_pl import files, loading, sharding
+from slm_pl import files, identity, loading, sharding
 from slm_pl.compression.architecture import ARCHITECTURES, num_layers
 from slm_pl.compression.plan import count_parameters, load_plans
 from slm_pl.compression.streaming import check_dtype, check_streamed
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.generation import complete
+from slm_pl.journal import Journal
 from slm_pl.quantization import INT8, compress_first, quantization_of
 from slm_pl.recovery.adapters import LoRA, add_adapters, merge_adapters, say_trainable, train_last_layers
 from slm_pl.recovery.distillation import Distillation
@@ -29,6 +31,8 @@ from slm_pl.results import Environment, ModelIdentity, Results
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 class CausalLM(RecoveryModule):
@@ -100,6 +104,7 @@ class CausalLM(RecoveryModule):
         self.source = loading.resolve(pretrained, revision, trust_remote_code)
         self.plans = [] if self.source.directory is None else load_plans(self.source.directory)
         self.results: Results | None = None
+        self.journal: Journal | None = None
         self.predictions: list[dict[str, str]] = []
         self.model: PreTrainedModel | PeftModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -304,6 +309,43 @@ class CausalLM(RecoveryModule):
             environment=Environment.collect(self.device, str(model.dtype).removeprefix("torch.")),
         )
 
+        self.journal = Journal(self.trainer.default_root_dir, self._about(self.results))
+        if self.trainer.is_global_zero:
+            self.journal.open()
+
+    def _about(self, results: Results) -> dict[str, object]:
+        """What decides the figures of a test beside what the hooks are asked: weights, machine, program."""
+        directory, checkpoint, config = self.source.directory, self.trainer.ckpt_path, self.plain.config
+        return {
+            "model": dataclasses.asdict(dataclasses.replace(results.model, label="")),
+            "environment": dataclasses.asdict(dataclasses.replace(results.environment, date="")),
+            "revision": getattr(config, "_commit_hash", None),
+            "attention": str(getattr(config, "_attn_implementation", None)),
+            "plans": [plan.sha256 for plan in self.plans],
+            "files": None if directory is None else identity.contents(directory),
+            "checkpoint": None if checkpoint is None else identity.content_of(checkpoint),
+            "processes": self.trainer.world_size,
+        }
+
+    def once(self, asked: object, form: type[T], measure: Callable[[], T]) -> T:
+        """A finished figure of a test that was killed, else what ``measure`` returns, which is written down.
+
+        To be called on all ranks.
+
+        Args:
+            asked: All that decides the figure beside the model and the machine.
+            form: The dataclass that ``measure`` returns.
+            measure: Measures.
+        """
+        assert self.journal is not None
+        found = self.trainer.strategy.broadcast(self.journal.find(asked, form))
+        if found is not None:
+            return found
+        figure = measure()
+        if self.trainer.is_global_zero:
+            self.journal.keep(asked, figure)
+        return figure
+
     def measured(self) -> "tuple[PreTrainedModel, Results]":
         """What a test hook needs: the model it measures, and the record it fills."""
         assert self.results is not None
@@ -315,6 +357,10 @@ class CausalLM(RecoveryModule):
         if self.trainer.is_global_zero:
             path = results_file(self.trainer)
             self.results.save(path)
+            if self.journal is not None:
+                self.journal.close()
+                if self.journal.found:
+                    rank_zero_info(f"{self.journal.found} figures are of a test of this model that was broken off")
             rank_zero_info(f"Results: {path}")
 
 

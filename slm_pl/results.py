@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,6 +33,7 @@ from slm_pl.evaluation.efficiency.record import EfficiencyResult
 from slm_pl.evaluation.perplexity import PerplexityResult
 from slm_pl.evaluation.zero_shot import ZeroShotResult
 from slm_pl.files import write_text
+from slm_pl.sealing import broken_seal, is_whole, sealed
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "transformers", "lightning", "peft", "lm_eval")
@@ -162,14 +164,15 @@ class Results:
         Raises:
             UsageError: If the directory cannot be written.
         """
-        write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_text(path, json.dumps(sealed(self.to_dict()), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Results":
         """Reads ``results.json``; names that this version does not know are ignored.
 
         Raises:
-            UsageError: If the file cannot be read, is not JSON, has another schema version, or lacks a name.
+            UsageError: If the file cannot be read, is not JSON, has another schema version, is not as it was written,
+                or lacks a name.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -178,7 +181,7 @@ class Results:
                 f"Cannot read the results {str(path)!r}: {error.strerror or error}. Give the path of a results.json "
                 "that `main.py test` wrote."
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(
                 f"{str(path)!r} is not JSON ({error}). Give the path of a results.json that `main.py test` wrote."
             ) from error
@@ -188,17 +191,19 @@ class Results:
                 f"{str(path)!r} has schema_version {got}; this program reads {SCHEMA_VERSION}. Run `main.py test` "
                 "again, or use the program version that wrote it."
             )
+        if not is_whole(data):
+            raise UsageError(broken_seal(path))
         missing = data.get("missing", {})
         missing = missing if isinstance(missing, dict) else {}
         try:
-            return _decode(cls, data, "", missing)
-        except _FormError as error:
+            return decode(cls, data, missing)
+        except FormError as error:
             raise UsageError(
                 f"{str(path)!r} is not a results.json of this program: {error}. Run `main.py test` again."
             ) from error
 
 
-class _FormError(Exception):
+class FormError(Exception):
     """A record's value is absent or of the wrong type."""
 
 
@@ -226,17 +231,26 @@ def _encode(value: object, place: str, missing: dict[str, str]) -> object:
     return encoded
 
 
-def _decode(form: type[_T], value: object, place: str, missing: dict[str, str]) -> _T:
-    """Reads ``value`` as ``form``, the reverse of :func:`_encode`; an absent number with a reason is not a number."""
-    return cast(_T, _decode_any(form, value, place, missing))
+def decode(form: type[_T], value: object, missing: Mapping[str, str] | None = None) -> _T:
+    """Reads JSON values as a dataclass.
+
+    Args:
+        form: The dataclass.
+        value: The JSON object.
+        missing: Reasons of absent numbers by their place; these are read as not a number.
+
+    Raises:
+        FormError: If a value is absent or of the wrong type.
+    """
+    return cast(_T, _decode_any(form, value, "", missing or {}))
 
 
-def _decode_any(form: object, value: object, place: str, missing: dict[str, str]) -> object:
+def _decode_any(form: object, value: object, place: str, missing: Mapping[str, str]) -> object:
     where = place or "the record"
     origin, arguments = typing.get_origin(form), typing.get_args(form)
     if dataclasses.is_dataclass(form) and isinstance(form, type):
         if not isinstance(value, dict):
-            raise _FormError(f"{where} is {_kind(value)}, not an object")
+            raise FormError(f"{where} is {_kind(value)}, not an object")
         hints = typing.get_type_hints(form)
         parts: dict[str, object] = {}
         for one in dataclasses.fields(form):
@@ -248,15 +262,15 @@ def _decode_any(form: object, value: object, place: str, missing: dict[str, str]
             elif type(None) in typing.get_args(hints[one.name]):
                 parts[one.name] = None
             elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
-                raise _FormError(f"{inner} is missing")
+                raise FormError(f"{inner} is missing")
         return form(**parts)
     if origin is list:
         if not isinstance(value, list):
-            raise _FormError(f"{where} is {_kind(value)}, not a list")
+            raise FormError(f"{where} is {_kind(value)}, not a list")
         return [_decode_any(arguments[0], part, f"{place}[{index}]", missing) for index, part in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
-            raise _FormError(f"{where} is {_kind(value)}, not an object")
+            raise FormError(f"{where} is {_kind(value)}, not an object")
         return {name: _decode_any(arguments[1], part, f"{place}.{name}", missing) for name, part in value.items()}
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -270,7 +284,7 @@ def _decode_any(form: object, value: object, place: str, missing: dict[str, str]
         return float(cast(float, value))
     elif type(value) is form:
         return value
-    raise _FormError(f"{where} is {_kind(value)}, not {getattr(form, '__name__', form)}")
+    raise FormError(f"{where} is {_kind(value)}, not {getattr(form, '__name__', form)}")
 
 
 def _kind(value: object) -> str:

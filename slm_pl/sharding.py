@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from slm_pl import loading
 from slm_pl.errors import UsageError
+from slm_pl.sums import check_sums
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -113,6 +114,8 @@ def load_sharded(
         )
     with whole_parameters(), ExitStack() as stack:
         config = loading.read_config(source)
+        if source.directory is not None:
+            check_sums(source.directory)
         stored = _open(source, stack)
         wanted = config.dtype or _read(stored, min(stored)).dtype if dtype == "auto" else getattr(torch, dtype)
         if context.dtype != torch.float32:

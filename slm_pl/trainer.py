@@ -1,6 +1,8 @@
 """The Lightning trainer with one more entry point, and checkpoints that survive whatever stops a run."""
 
+import contextlib
 import os
+import pickle  # noqa: S403  for its exception
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from slm_pl import files
+from slm_pl.errors import UsageError
+from slm_pl.evaluation._ranks import agreed
+from slm_pl.lock import locked
 
 PARTIAL = ".partial"
 
@@ -47,6 +54,20 @@ class _Signals(_SignalConnector):
         if not self.trainer.looping:  # nothing is trained yet, or nothing at all
             self.trainer.requeue()
             raise SystemExit(128 + signum)
+
+
+class _Alone(pl.Callback):
+    """Keeps other runs out of the run directory, from before any other callback's set-up to the end of the run."""
+
+    def __init__(self, held: contextlib.ExitStack) -> None:
+        self._held = held
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """On the first rank; where it is refused, all end."""
+        directory = str(trainer.default_root_dir)
+        if "://" not in directory:
+            first = trainer.is_global_zero
+            agreed(lambda: self._held.enter_context(locked(Path(directory))) if first else None)
 
 
 class TrainedCallback(pl.Callback, ABC):
@@ -87,6 +108,8 @@ class Trainer(pl.Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._signal_connector = _Signals(self)
+        self._held = contextlib.ExitStack()
+        self.callbacks.insert(0, _Alone(self._held))  # type: ignore[attr-defined]
         for callback in self.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 # Lightning's would be one of the logger's version, where the next run does not look.
@@ -118,7 +141,10 @@ class Trainer(pl.Trainer):
         found = [path for directory in self.checkpoint_directories for path in directory.glob("[!.]*.ckpt")]
         found = [path for path in found if path.exists()]  # a link may lead nowhere
         newest_first = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        return next((path for path in newest_first if path.is_dir() or _can_resume(path)), None)
+        return next(
+            (path for path in newest_first if path.is_dir() or "optimizer_states" in read_checkpoint(path, mmap=True)),
+            None,
+        )
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
@@ -139,9 +165,20 @@ class Trainer(pl.Trainer):
             for left in path.parent.glob(f".*{PARTIAL}"):  # of a run that was killed
                 _remove(left)
         self.strategy.barrier("before a checkpoint")
-        super().save_checkpoint(partial, weights_only, storage_options)
-        if self.is_global_zero:
-            _replace(partial, path)
+        try:
+            super().save_checkpoint(partial, weights_only, storage_options)
+            if self.is_global_zero:
+                _replace(partial, path)
+        except Exception as error:
+            reason = files.disk_failure(error)
+            if reason is None:
+                raise
+            with contextlib.suppress(OSError):
+                _remove(partial)
+            raise UsageError(
+                f"The checkpoint {path} could not be written: {reason}. Those that were written before are whole. Make "
+                "room, then run the same command with --ckpt_path last."
+            ) from error
         self.strategy.barrier("after a checkpoint")
 
     def stop_with_checkpoint(self) -> None:
@@ -235,9 +272,14 @@ class Trainer(pl.Trainer):
         # Lightning fills `ckpt_path` in after the set-up hooks; ours must know whether weights will be restored: a
         # resumed run takes its plan from disk, and `test` wraps the model in the adapters that the checkpoint holds.
         self._checkpoint_connector._ckpt_path = ckpt_path
+        if ckpt_path is not None and "://" not in os.fspath(ckpt_path):
+            check_checkpoint(Path(ckpt_path))
+            if weights_only and os.path.isfile(ckpt_path):
+                read_checkpoint(Path(ckpt_path), mmap=True)
         self.stop_signal = None
         self._signal_connector.register_signal_handlers()
-        return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+        with self._held:
+            return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
 
 def previous(path: Path) -> Path:
@@ -260,9 +302,33 @@ def _replace(partial: Path, path: Path) -> None:
     _remove(aside)
 
 
-def _can_resume(path: Path) -> bool:
-    """Whether a file holds more than weights."""
-    return "optimizer_states" in torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+def check_checkpoint(path: Path) -> None:
+    """Refuses a checkpoint that is damaged; of DeepSpeed's, which is a directory, every file is looked at.
+
+    Raises:
+        UsageError: With the file's name.
+    """
+    for part in sorted(path.rglob("*.pt")) if path.is_dir() else [path]:
+        files.check_archive(part, "Remove it to go on from an older one, or give another --ckpt_path.")
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint that is one file, without running anything that is in it.
+
+    Raises:
+        UsageError: If it is damaged, or holds more than tensors and numbers.
+    """
+    check_checkpoint(path)
+    try:
+        read = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"The checkpoint {path} holds more than tensors and plain values, and to read that is to run it. If it is "
+            "your own, pass --weights_only false."
+        ) from error
+    if not isinstance(read, dict):
+        raise UsageError(f"{path} is no checkpoint of a run: it holds a {type(read).__name__}. Give one that fit made.")
+    return read
 
 
 def _remove(path: Path) -> None:

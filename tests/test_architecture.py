@@ -19,6 +19,7 @@ LEVELS = {
     "slm_pl.pictures": 2,
     "slm_pl.width_pictures": 2,
     "slm_pl.results": 3,
+    "slm_pl.journal": 3,
     "slm_pl.report": 3,
     "slm_pl.estimate": 3,
     "slm_pl.module": 4,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from slm_pl import files
 from slm_pl.compression.architecture import Group, num_layers
 from slm_pl.errors import UsageError
+from slm_pl.sealing import SEAL, broken_seal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -191,7 +192,10 @@ class Plan:
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def to_json(self) -> str:
-        """The text of ``plan.json``: one line for each step and try, so that a reader and a diff can follow it."""
+        """The plan as text, one line for each step and try, so that a reader and a diff can follow it.
+
+        In ``plan.json`` stands one line more, the sha256 of this text.
+        """
         data = asdict(replace(self, tensors={}))
         lines = [f'  "schema_version": {SCHEMA_VERSION}']
         keys = ["base", "method", "calibration", "outcome"]
@@ -206,6 +210,11 @@ class Plan:
     def sha256(self) -> str:
         """Identity of the plan: the hash of its text."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def file_text(self) -> str:
+        """The text of ``plan.json``: that of the plan, and its :attr:`sha256`."""
+        return self.to_json().removesuffix("\n}\n") + f',\n  "{SEAL}": "{self.sha256}"\n}}\n'
 
     @property
     def requested_ratio(self) -> float | None:
@@ -228,24 +237,27 @@ class Plan:
         else:
             with contextlib.suppress(OSError):
                 tensors.unlink()  # of an earlier plan
-        files.write_text(path, self.to_json())
+        files.write_text(path, self.file_text)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Plan":
         """Reads a plan.
 
         Raises:
-            UsageError: If the file is missing, is not JSON, is of another schema version or lacks a field.
+            UsageError: If the file is missing, is not JSON, is of another schema version, lacks a field or is not as
+                it was written.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UsageError(f"There is no plan at {path}. Give the path of a plan.json that slm_pl wrote.") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(
                 f"{path} cannot be read as a plan ({error}). Give a plan.json that slm_pl wrote."
             ) from error
         plan = Plan.from_dict(data, str(path))
+        if data.get(SEAL, plan.sha256) != plan.sha256:
+            raise UsageError(broken_seal(path))
         if plan.tensors_sha256 is None:
             return plan
         return replace(plan, tensors=_load_tensors(tensors_file(path), plan.tensors_sha256))

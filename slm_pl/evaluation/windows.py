@@ -74,6 +74,11 @@ class Windows:
         return sum(len(ids) - context for ids, context in zip(self.ids, self.context, strict=True))
 
     @property
+    def protocol(self) -> list[object]:
+        """All but the ids that decides what is recorded."""
+        return [self.sequence_length, self.bos, self.stride, self.tail, self.text_tokens, self.words]
+
+    @property
     def sha256(self) -> str:
         """Hash of what is read and predicted.
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from slm_pl.compression.target import share_of_each
 from slm_pl.errors import UsageError
+from slm_pl.identity import Parts, digest, parts_of
 from slm_pl.parts import Section, merge
 from slm_pl.sweep.config import SweepConfig
-from slm_pl.sweep.identity import Parts, digest, parts_of
 
 _DATA = "slm_pl.data.AlpacaDataModule"
 _OTHER_SIZES = ("layer_ratio", "layers", "plan_path", "remove_layers", "threshold")

@@ -8,9 +8,10 @@ from typing import Literal, cast
 
 from slm_pl import files
 from slm_pl.errors import UsageError
+from slm_pl.identity import Parts, differences
 from slm_pl.results import Results
+from slm_pl.sealing import sealed
 from slm_pl.sweep.cells import Cell, Step
-from slm_pl.sweep.identity import Parts, differences
 
 _CELL = "cell.json"
 
@@ -171,4 +172,4 @@ def relabel(cell: Cell) -> None:
     data = cast("dict[str, dict[str, object]]", json.loads(path.read_text(encoding="utf-8")))
     if data["model"]["label"] != cell.label:
         data["model"]["label"] = cell.label
-        files.write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+        files.write_text(path, json.dumps(sealed(data), indent=2, allow_nan=False) + "\n")

@@ -14,12 +14,12 @@ import yaml
 
 from slm_pl import files
 from slm_pl.errors import UsageError
+from slm_pl.lock import locked
 from slm_pl.report import compare
 from slm_pl.sweep.board import board, print_failures, print_plan, print_summary
 from slm_pl.sweep.cells import Cell, plan_cells
 from slm_pl.sweep.config import SweepConfig
 from slm_pl.sweep.engines import run_as_jobs, run_here
-from slm_pl.sweep.lock import locked
 from slm_pl.sweep.record import Record, is_finished, relabel, replaced, results_of, steps_to_do
 from slm_pl.sweep.summary import summarise, write_summary
 from slm_pl.sweep.work import ProcessRunner, Runner, config_file, write_config
@@ -58,7 +58,7 @@ def sweep(
     if dry_run:
         print_plan(cells, overwrite)
         return 0
-    with _ending_with_its_processes(), locked(Path(config.output_dir)):
+    with _ending_with_its_processes(), locked(Path(config.output_dir), "sweep", "output_dir"):
         return _do(config, cells, overwrite, run)
 
 

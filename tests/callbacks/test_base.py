@@ -209,7 +209,7 @@ def test_plan_is_written_before_any_weight_changes(pico_dir, tmp_path, monkeypat
     written = []
 
     def interrupted(model, plan, settle):
-        written.append((tmp_path / "plan.json").read_text() == plan.to_json())
+        written.append((tmp_path / "plan.json").read_text() == plan.file_text)
         raise KeyError("power cut")
 
     monkeypatch.setattr(surgery, "apply", interrupted)

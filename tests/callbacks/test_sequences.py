@@ -70,7 +70,7 @@ def test_two_methods_in_sequence(pruned, pico_dir, tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(pico_dir)
     for directory in (tmp_path / "run", tmp_path / "export"):
         assert sorted(path.name for path in directory.glob("plan*.json")) == sorted(NAMES)
-        assert [(directory / name).read_text() for name in NAMES] == [plan.to_json() for plan in module.plans]
+        assert [(directory / name).read_text() for name in NAMES] == [plan.file_text for plan in module.plans]
     first, second = (Plan.load(tmp_path / "run" / name) for name in NAMES)
     assert [type(plan.steps[0]) for plan in (first, second)] == [STEPS[make.__name__] for make in makers]
     assert [plan.method.class_path for plan in (first, second)] == [make().class_path for make in makers]
@@ -182,7 +182,7 @@ def test_recovery_of_layers_that_differ_in_width(empty, pico_dir, tmp_path):
         torch.testing.assert_close(logits_of(recovered), logits_of(expected), rtol=0, atol=1e-5)
         assert torch.equal(logits_of(recovered), logits_of(module.load_model()))
         assert (logits_of(recovered) - pruned).abs().max() > 1e-3  # training changed something
-    assert [plan.to_json() for plan in plans] == [(tmp_path / "run" / name).read_text() for name in NAMES]
+    assert [plan.file_text for plan in plans] == [(tmp_path / "run" / name).read_text() for name in NAMES]
     assert load_compressed(tmp_path / "recovered")[2] == plans
     assert "Recovered by training" in (tmp_path / "recovered" / "README.md").read_text()
 

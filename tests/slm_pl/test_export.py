@@ -71,8 +71,8 @@ def test_round_trip(model_type, tmp_path):
     assert loaded_plans == plans
     assert tokenizer(TEXT).input_ids == pico_tokenizer()(TEXT).input_ids
     assert loaded.generation_config.eos_token_id == 1
-    assert (path / "plan.json").read_text() == plans[0].to_json()
-    assert (path / "plan.2.json").read_text() == plans[1].to_json()
+    assert (path / "plan.json").read_text() == plans[0].file_text
+    assert (path / "plan.2.json").read_text() == plans[1].file_text
 
     stock = AutoModelForCausalLM.from_pretrained(path)
     assert stock.config.num_hidden_layers == len(stock.model.layers) == 3

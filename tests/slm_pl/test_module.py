@@ -128,7 +128,7 @@ def test_resume_takes_the_plan_on_disk_and_continues(pico_dir, tmp_path):
     whole, resumed, search = Snapshot(), Snapshot(), Drop([1, 2])
     trainer, module = fit_and_resume(pico_dir, tmp_path, [Drop([1, 2]), whole], [search, resumed])
     assert search.searches == 0
-    assert [plan.to_json() for plan in module.plans] == [(tmp_path / "plan.json").read_text()]
+    assert [plan.file_text for plan in module.plans] == [(tmp_path / "plan.json").read_text()]
     assert trainer.global_step == 2
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "step=1.ckpt")["state_dict"]
     assert all(torch.equal(resumed.before[name], value) for name, value in checkpoint.items())

@@ -21,16 +21,17 @@ import yaml
 from rich.console import Console
 
 import callbacks
+from slm_pl import identity
 from slm_pl.cli import check_run, main, sweep_parser
 from slm_pl.errors import UsageError
+from slm_pl.lock import locked
 from slm_pl.report.rows import Cell as Figure
 from slm_pl.report.rows import Row
 from slm_pl.results import Environment, ModelIdentity, Results
-from slm_pl.sweep import board, engines, identity, work
+from slm_pl.sweep import board, engines, work
 from slm_pl.sweep.cells import Cell, plan_cells
 from slm_pl.sweep.config import Jobs, Recovery, SweepConfig
 from slm_pl.sweep.engines import CellJob
-from slm_pl.sweep.lock import locked
 from slm_pl.sweep.record import Record, is_finished, prepare, steps_to_do
 from slm_pl.sweep.run import sweep
 from slm_pl.sweep.summary import summarise, write_summary

@@ -32,7 +32,7 @@ def test_round_trip_is_byte_for_byte(tmp_path):
     PLAN.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
     assert again == PLAN
-    assert again.to_json().encode() == (tmp_path / "plan.json").read_bytes()
+    assert again.file_text.encode() == (tmp_path / "plan.json").read_bytes()
     assert again.sha256 == PLAN.sha256
 
 

@@ -42,7 +42,7 @@ def test_width_steps_round_trip_byte_for_byte(tmp_path):
     again = Plan.load(tmp_path / "plan.json")
     assert again == PLAN
     assert again.steps == PLAN.steps
-    assert again.to_json().encode() == (tmp_path / "plan.json").read_bytes()
+    assert again.file_text.encode() == (tmp_path / "plan.json").read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
     data = json.loads(PLAN.to_json())
     assert data["steps"] == [

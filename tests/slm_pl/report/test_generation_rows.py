@@ -165,6 +165,7 @@ def test_an_old_record_shares_rows_with_the_usual_runtime(tmp_path):
     known = {
         "protocol", "batch_size", "prompt_tokens", "new_tokens", "warmup", "repeats", *BASIC,
     }  # fmt: skip
+    del data["sha256"]  # as in a file that was edited on purpose, or written before there were any
     data["efficiency"] = [{name: value for name, value in data["efficiency"][0].items() if name in known}]
     for figure in BASIC:
         for name in ("p90", "p95", "p99", "n", "reserved"):

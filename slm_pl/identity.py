@@ -97,19 +97,29 @@ def _files(value: Any, key: str = "") -> Iterator[tuple[str, object]]:
         for one in value:
             yield from _files(one, key)
     elif isinstance(value, str) and os.path.isfile(value):
-        yield value, _content(value)
+        yield value, content(value)
     elif isinstance(value, str) and key in _DIRECTORIES and os.path.isdir(value):
-        found = sorted(path for pattern in _DIRECTORIES[key] for path in Path(value).glob(pattern) if path.is_file())
-        # Hidden files are the system's.
-        shown = [path for path in found if not path.name.startswith(".")]
-        yield value, [(path.relative_to(value).as_posix(), _content(str(path))) for path in shown]
+        yield value, contents(value, _DIRECTORIES[key])
 
 
-def _content(path: str) -> str:
+def contents(directory: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> list[tuple[str, str]]:
+    """The names of the files of a directory, and what tells their content; hidden ones are the system's."""
+    directory = Path(directory)
+    found = sorted(path for pattern in patterns for path in directory.glob(pattern) if path.is_file())
+    return [(path.relative_to(directory).as_posix(), content(path)) for path in found if not path.name.startswith(".")]
+
+
+def content_of(path: str | os.PathLike[str]) -> object:
+    """What tells the content of a file, or of a directory and those in it."""
+    return contents(path, ("*", "*/*")) if os.path.isdir(path) else content(path)
+
+
+def content(path: str | os.PathLike[str]) -> str:
+    """What tells the content of a file."""
     about = os.stat(path)
     if about.st_size > _BIG:
         return f"{about.st_size} bytes of {about.st_mtime_ns}"
-    return _read(path, about.st_size, about.st_mtime_ns)
+    return _read(os.fspath(path), about.st_size, about.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1024)

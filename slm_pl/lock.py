@@ -1,4 +1,4 @@
-"""One sweep at a time in a directory."""
+"""One run, or one sweep, at a time in a directory."""
 
 import contextlib
 import json
@@ -14,32 +14,41 @@ _NAME = ".lock"
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Keeps other sweeps out of a directory, which is made if need be.
+def locked(directory: Path, what: str = "run", option: str = "--trainer.default_root_dir") -> Iterator[None]:
+    """Keeps others out of a directory, which is made if need be; one that stays empty goes again.
 
-    ``.lock`` in it tells the host and the process. One that a killed sweep on this host left is taken over; of another
-    host nobody here can tell whether its process lives.
+    ``.lock`` in it tells the host and the process. One that a killed process on this host left is taken over; of
+    another host nobody here can tell whether its process lives.
+
+    Args:
+        directory: Where one process is to write.
+        what: What it does there, for messages.
+        option: How the user gives another directory.
 
     Raises:
-        UsageError: If another sweep has it, or if it cannot be written.
+        UsageError: If another process has it, or if it cannot be written.
     """
+    made = not directory.exists()
     files.make_directory(directory)
     path = directory / _NAME
     own = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
     try:
         if not _take(path, own):
-            _set_aside(path)
+            _set_aside(path, what, option)
             if not _take(path, own):
-                raise _taken(path, _read(path))
+                raise _taken(path, _read(path), what, option)
     except OSError as error:
         raise UsageError(
-            f"Cannot write {path}: {error.strerror or error}. Give an output_dir that you can write to."
+            f"Cannot write {path}: {error.strerror or error}. Give {option} a directory that you can write to."
         ) from error
     try:
         yield
     finally:
-        if _read(path) == own:  # else somebody removed it, and another sweep may have begun
+        if _read(path) == own:  # else somebody removed it, and another may have begun
             path.unlink(missing_ok=True)
+        if made:
+            with contextlib.suppress(OSError):
+                directory.rmdir()  # if nothing was written
 
 
 def _take(path: Path, own: str) -> bool:
@@ -52,7 +61,7 @@ def _take(path: Path, own: str) -> bool:
     return True
 
 
-def _set_aside(path: Path) -> None:
+def _set_aside(path: Path, what: str, option: str) -> None:
     """Removes a lock that a process of this host left when it was killed.
 
     Raises:
@@ -62,7 +71,7 @@ def _set_aside(path: Path) -> None:
     if text is None:  # just released
         return
     if not _is_stale(text):
-        raise _taken(path, text)
+        raise _taken(path, text, what, option)
     # Of several that see a stale lock, one can move it; a slow one may even move the new lock of a fast one.
     aside = path.with_name(f"{_NAME}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
@@ -73,7 +82,7 @@ def _set_aside(path: Path) -> None:
                 os.link(aside, path)
         aside.unlink()
         if moved != text:
-            raise _taken(path, moved)
+            raise _taken(path, moved, what, option)
 
 
 def _is_stale(text: str) -> bool:
@@ -82,27 +91,18 @@ def _is_stale(text: str) -> bool:
         host, number = str(record["host"]), int(record["pid"])
     except (ValueError, TypeError, KeyError):
         return False
-    if host != socket.gethostname():
-        return False
-    if number == os.getpid():  # after a restart of a container, numbers come again
-        return True
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass  # another user's
-    return False
+    # After a restart of a container, numbers come again.
+    return (host, number) == (socket.gethostname(), os.getpid()) or files.ended(host, number)
 
 
-def _taken(path: Path, text: str | None) -> UsageError:
+def _taken(path: Path, text: str | None, what: str, option: str) -> UsageError:
     try:
         record = json.loads(text or "")
         who = f"process {record['pid']} on {record['host']}"
     except (ValueError, TypeError, KeyError):
         who = "a process that has not said which it is"
     return UsageError(
-        f"Another sweep works in {path.parent}: {who}. Wait for it, or give another output_dir. If that process has "
+        f"Another {what} works in {path.parent}: {who}. Wait for it, or give another {option}. If that process has "
         f"ended (it was killed, or its machine went down), remove {path} and run this again."
     )
 
