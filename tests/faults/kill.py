@@ -2,9 +2,9 @@
 
 Half of the kills come in front of a random change of a file (a file is opened for writing, renamed, removed, a
 directory made), counted in a run that was left alone; the others at a random moment of the time that it took. After
-each, every file that has its proper name must be whole, then the same command is run to its end, and what it leaves must
-be what the run that was left alone had left: the plan, the trained weights and the export byte for byte, every figure
-that is no time. Figures that were finished before the kill must not be measured again.
+each, every file that has its proper name must be whole, then the same command is run to its end, and what it leaves
+must be what the run that was left alone had left: the plan, the trained weights and the export byte for byte, every
+figure that is no time. Figures that were finished before the kill must not be measured again.
 """
 
 import argparse

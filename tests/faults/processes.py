@@ -46,7 +46,7 @@ class AtFileEvent:
 
     def __call__(self) -> None:
         seen = 0
-        log = open(self.log, "w", buffering=1)
+        log = open(self.log, "w", buffering=1)  # noqa: SIM115  to the end of the process
 
         def watch(event: str, arguments: tuple) -> None:
             nonlocal seen

@@ -1,0 +1,365 @@
+"""Whatever a file holds: it is read, or refused with its name; never anything else, and never for long."""
+
+import copy
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from callbacks import FLAP
+from slm_pl.compression import surgery
+from slm_pl.compression.feasibility import check
+from slm_pl.compression.plan import Base, Calibration, DropLayers, KeepChannels, MergeLayers, Method, Plan, RefitOutput
+from slm_pl.data import AlpacaDataModule, CalibrationSet, CalibrationText, load_calibration
+from slm_pl.data.alpaca import _read_rows
+from slm_pl.errors import UsageError
+from slm_pl.export import save_compressed
+from slm_pl.loading import load_model, load_tokenizer, resolve
+from slm_pl.parts import read
+from slm_pl.results import Results
+from slm_pl.trainer import read_checkpoint
+from tests.helpers.pico import pico_model
+from tests.helpers.records import record_of
+from tests.helpers.tokenizer import pico_tokenizer
+
+# In all, a quick run makes some 1,500 inputs and a long one (-m long) more than 10,000.
+FEW, MANY = 100, 1000
+SLOW = settings(
+    deadline=10_000,  # milliseconds: what hangs fails
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
+    derandomize=True,
+    database=None,
+    print_blob=False,
+)
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        ["../../etc/passwd", "a\0b", "\ud800", "1e999", "plan.json", "os.system", "embedded", -1, 0, 10**400]
+    )
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def places(value: object, at: tuple = ()) -> list[tuple]:
+    """The paths of all values of a document."""
+    found = [at]
+    if isinstance(value, dict):
+        found += [place for name, part in value.items() for place in places(part, (*at, name))]
+    elif isinstance(value, list):
+        found += [place for index, part in enumerate(value) for place in places(part, (*at, index))]
+    return found
+
+
+def changed(document: object, place: tuple, value: object, how: str) -> object:
+    """A copy of a document in which one value is another one, is gone, or has a neighbour."""
+    if not place:
+        return value
+    document = copy.deepcopy(document)
+    holder = document
+    for step in place[:-1]:
+        holder = holder[step]
+    if how == "remove":
+        del holder[place[-1]]
+    elif how == "add" and isinstance(holder, dict):
+        holder[str(value)[:9]] = value
+    elif how == "add":
+        holder.insert(place[-1], value)
+    else:
+        holder[place[-1]] = value
+    return document
+
+
+def documents(valid: object) -> st.SearchStrategy:
+    """Documents that are right but for one or two places, and some that are nothing."""
+    change = st.tuples(st.sampled_from(places(valid)), JSON, st.sampled_from(["set", "set", "remove", "add"]))
+    one = change.map(lambda c: changed(valid, *c))
+
+    def twice(document: object) -> st.SearchStrategy:
+        return st.tuples(st.sampled_from(places(document)), JSON).map(lambda c: changed(document, *c, "set"))
+
+    return one | one.flatmap(twice) | JSON
+
+
+def dump(value: object) -> bytes:
+    return json.dumps(value).encode("utf-8", errors="surrogatepass")
+
+
+def damaged(content: bytes) -> st.SearchStrategy:
+    """A file with a bit flipped, cut off, or with other bytes in it."""
+    place = st.integers(0, max(0, len(content) - 1))
+    flip = st.tuples(place, st.integers(0, 7)).map(
+        lambda c: content[: c[0]] + bytes([content[c[0]] ^ (1 << c[1])]) + content[c[0] + 1 :]
+    )
+    cut = place.map(lambda at: content[:at])
+    put = st.tuples(place, st.binary(min_size=1, max_size=9)).map(lambda c: content[: c[0]] + c[1] + content[c[0] :])
+    return flip | flip | cut | put
+
+
+PLAN = Plan(
+    Base("x/y", None, "llama", 6, 79264, "ab"),
+    Method("callbacks.Some", {"remove_layers": 2, "nested": {"a": [1, 2.5]}}),
+    Calibration("embedded", 2, 16, 1234, "cd"),
+    (MergeLayers(1, 2), DropLayers((4,)), KeepChannels(0, "mlp", tuple(range(8))), RefitOutput(5, "mlp", "w")),
+    ({"low": 1, "high": 2, "similarity": 0.5, "accepted": True},),
+    {"layers_left": 4},
+)
+CONFIG = {
+    "parts": [],
+    "config_version": 1,
+    "model": {"pretrained": "x", "lora": {"r": 8}},
+    "data": {"path": "embedded", "calibration": {"samples": 2}},
+    "trainer": {"max_steps": 1, "callbacks": [{"class_path": "callbacks.SLEB", "init_args": {"remove_layers": 1}}]},
+}
+ROW = {"instruction": "Say it", "input": "", "output": "it"}
+TOKENIZER = pico_tokenizer()
+
+
+def refused_or_read(reader: Callable[[], object], *named: object) -> object:
+    """What a reader returns; None if it refuses, in one message that names the file."""
+    try:
+        return reader()
+    except UsageError as error:
+        said = str(error)
+        assert said.strip()
+        for name in named:
+            assert str(name) in said, said
+        return None
+
+
+def read_plan(path: Path) -> object:
+    return refused_or_read(lambda: Plan.load(path), path)
+
+
+def read_results(path: Path) -> object:
+    return refused_or_read(lambda: Results.load(path), path)
+
+
+def read_config(path: Path) -> object:
+    return refused_or_read(lambda: read(path))
+
+
+def read_ids(path: Path) -> object:
+    return refused_or_read(
+        lambda: load_calibration(CalibrationText(str(path), samples=1, sequence_length=4), TOKENIZER)
+    )
+
+
+def read_alpaca(path: Path) -> object:
+    return refused_or_read(lambda: _read_rows(str(path)))
+
+
+def read_prompts(path: Path) -> object:
+    module = AlpacaDataModule("embedded", prompts=str(path))
+    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=TOKENIZER))
+    return refused_or_read(lambda: module._read_prompts(path))
+
+
+def as_lines(rows: object) -> bytes:
+    return b"\n".join(map(dump, rows if isinstance(rows, list) else [rows]))
+
+
+def as_yaml(value: object) -> bytes:
+    return yaml.safe_dump(value, allow_unicode=True).encode("utf-8", errors="surrogatepass")
+
+
+RECORD = record_of("pruned", plan="ab").to_dict()
+FORMS = {
+    "plan": (json.loads(PLAN.to_json()), dump, "plan.json", read_plan),
+    "results": (RECORD, dump, "results.json", read_results),
+    "config": (CONFIG, dump, "config.yaml", read_config),
+    "ids": ([[1, 2, 3, 4], [5, 6, 7, 8]], dump, "ids.json", read_ids),
+    "text": ([{"text": "so many words in here"}, {"text": "more"}], as_lines, "text.jsonl", read_ids),
+    "alpaca": ([ROW, ROW], dump, "alpaca.json", read_alpaca),
+    "alpaca lines": ([ROW, ROW], as_lines, "alpaca.jsonl", read_alpaca),
+    "prompts": ([ROW, ROW], as_lines, "prompts.jsonl", read_prompts),
+}
+
+
+def attack(name: str, how: str, number: int, directory: Path) -> None:
+    """Gives a reader documents with wrong values in them, or damaged files."""
+    valid, write, file, reader = FORMS[name]
+    path = directory / file
+    path.write_bytes(write(valid))
+    assert reader(path) is not None  # else nothing is tested
+    contents = documents(valid).map(write) if how == "values" else damaged(write(valid))
+
+    @settings(SLOW, max_examples=number)
+    @given(contents)
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        reader(path)
+
+    run()
+
+
+HOW = ["values", "bytes"]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", FORMS)
+def test_read_or_refused(name, how, tmp_path):
+    attack(name, how, FEW, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", FORMS)
+def test_read_or_refused_at_length(name, how, tmp_path):
+    attack(name, how, MANY, tmp_path)
+
+
+@pytest.mark.parametrize(("form", "name"), [(PLAN, "plan.json"), (record_of("pruned", plan="ab"), "results.json")])
+def test_a_sealed_file_with_a_flipped_bit_is_refused_or_says_the_same(form, name, tmp_path):
+    path = tmp_path / name
+    form.save(path)
+    reader = type(form).load
+    content, expected = path.read_bytes(), reader(path)
+    refused = 0
+    for at in range(len(content)):
+        for bit in range(0, 8, 3):
+            path.write_bytes(content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :])
+            found = refused_or_read(lambda: reader(path), path)
+            refused += found is None
+            assert found is None or found == expected, (at, bit)
+    assert refused > 2.5 * len(content)  # of three times its length; spaces and line ends may change
+
+
+# Steps
+
+
+def steps() -> st.SearchStrategy:
+    index = st.integers(-2, 8)
+    indices = st.lists(st.integers(-1, 70), max_size=6).map(tuple)
+    return st.lists(
+        st.builds(MergeLayers, index, index, st.sampled_from(["keep_top", "keep_bottom", "sum", "mean"]))
+        | st.builds(DropLayers, st.lists(index, max_size=6).map(tuple))
+        | st.builds(KeepChannels, index, st.sampled_from(["attention", "mlp"]), indices)
+        | st.builds(RefitOutput, index, st.sampled_from(["attention", "mlp"]), st.sampled_from(["w", "nothing"])),
+        max_size=4,
+    ).map(tuple)
+
+
+@settings(SLOW, max_examples=FEW)
+@given(steps())
+def test_a_plan_with_any_steps_is_carried_out_or_refused_before_anything_changes(chosen):
+    from dataclasses import replace
+
+    model = pico_model()
+    plan = replace(PLAN, base=Base.of(model), steps=chosen).with_tensors({"w": torch.zeros(3, 3)})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        check(model, plan)
+    except UsageError:
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        return
+    surgery.apply(model, plan)
+    assert torch.isfinite(model(torch.arange(3, 9)[None]).logits).all()
+
+
+# Weights
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory) -> Path:
+    """An export of layers that differ in width, so that there are several plans' kinds of files in it."""
+    model = pico_model()
+    samples = CalibrationSet.from_ids([list(range(3, 19)), list(range(20, 36))], CalibrationText(samples=2))
+    plan = FLAP(ratio=0.2).plan(model, samples)
+    surgery.apply(model, plan)
+    directory = tmp_path_factory.mktemp("exported") / "export"
+    save_compressed(model, pico_tokenizer(), directory, [plan], recovered=False)
+    return directory
+
+
+def load_all(directory: Path) -> None:
+    source = resolve(str(directory))
+    load_model(source)
+    load_tokenizer(source)
+
+
+def test_an_export_with_a_damaged_file_is_refused_with_its_name(export, tmp_path):
+    load_all(export)
+    generator = random.Random(3)
+    copy_of = tmp_path / "copy"
+    copy_of.mkdir()
+    names = [path.name for path in export.iterdir() if path.suffix not in (".md", ".png")]
+    assert {"model.safetensors", "config.json", "tokenizer.json", "plan.json", "SHA256SUMS"} <= set(names)
+    tried = 0
+    for name in names:
+        for other in export.iterdir():
+            (copy_of / other.name).unlink(missing_ok=True)
+            os.link(other, copy_of / other.name)
+        content = (export / name).read_bytes()
+        for how in ("flip", "flip", "flip", "cut", "gone"):
+            at = generator.randrange(len(content))
+            if how == "gone" and name in ("SHA256SUMS", "config.json"):
+                continue  # then nothing says what there was, or that it is a checkpoint
+            (copy_of / name).unlink(missing_ok=True)
+            if how != "gone":
+                flipped = content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+                (copy_of / name).write_bytes(flipped if how == "flip" else content[:at])
+            tried += 1
+            if how == "cut" and name == "SHA256SUMS":
+                continue  # at the end of a line, it is a shorter list
+            with pytest.raises(UsageError) as caught:
+                load_all(copy_of)
+            named = name if name != "SHA256SUMS" else copy_of.name
+            assert named in str(caught.value), caught.value
+    assert tried > 30
+
+
+@pytest.mark.parametrize("number", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
+def test_a_damaged_checkpoint_is_refused_or_says_the_same(tmp_path, number):
+    path = tmp_path / "some.ckpt"
+    state = {
+        "state_dict": {"a": torch.randn(40, 3), "b": torch.arange(7)},
+        "optimizer_states": [{"step": 3}],
+        "plans": ["x"],
+    }
+    torch.save(state, path)
+    content = path.read_bytes()
+
+    @settings(SLOW, max_examples=number)
+    @given(damaged(content))
+    def run(other: bytes) -> None:
+        path.write_bytes(other)
+        found = refused_or_read(lambda: read_checkpoint(path), path)
+        assert found is None or {**found, "state_dict": 0} == {**state, "state_dict": 0}
+        assert found is None or all(torch.equal(found["state_dict"][k], v) for k, v in state["state_dict"].items())
+
+    run()
+
+
+@pytest.mark.parametrize("number", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
+def test_damaged_weights_without_sums_are_read_or_refused(tmp_path, number):
+    """As any checkpoint of the Hub: nothing tells that a bit of a weight is another, but the form is looked at."""
+    pico_model(num_hidden_layers=1).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    header = content[:2000]
+
+    @settings(SLOW, max_examples=number)
+    @given(damaged(header))
+    def run(other: bytes) -> None:
+        path.unlink()
+        path.write_bytes(other + content[2000:])
+        refused_or_read(lambda: load_model(resolve(str(tmp_path))), tmp_path)
+
+    run()
