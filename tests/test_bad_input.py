@@ -30,8 +30,8 @@ from tests.helpers.pico import pico_model
 from tests.helpers.records import record_of
 from tests.helpers.tokenizer import pico_tokenizer
 
-# In all, a quick run makes some 1,500 inputs and a long one (-m long) more than 10,000.
-FEW, MANY = 100, 1000
+INPUTS = int(os.environ.get("SLM_PL_INPUTS", "40"))
+"""How many each test makes; there are 18 of them."""
 SLOW = settings(
     deadline=10_000,  # milliseconds: what hangs fails
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
@@ -215,14 +215,7 @@ HOW = ["values", "bytes"]
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", FORMS)
 def test_read_or_refused(name, how, tmp_path):
-    attack(name, how, FEW, tmp_path)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", FORMS)
-def test_read_or_refused_at_length(name, how, tmp_path):
-    attack(name, how, MANY, tmp_path)
+    attack(name, how, INPUTS, tmp_path)
 
 
 @pytest.mark.parametrize(("form", "name"), [(PLAN, "plan.json"), (record_of("pruned", plan="ab"), "results.json")])
@@ -256,7 +249,7 @@ def steps() -> st.SearchStrategy:
     ).map(tuple)
 
 
-@settings(SLOW, max_examples=FEW)
+@settings(SLOW, max_examples=INPUTS)
 @given(steps())
 def test_a_plan_with_any_steps_is_carried_out_or_refused_before_anything_changes(chosen):
     from dataclasses import replace
@@ -325,8 +318,7 @@ def test_an_export_with_a_damaged_file_is_refused_with_its_name(export, tmp_path
     assert tried > 30
 
 
-@pytest.mark.parametrize("number", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
-def test_a_damaged_checkpoint_is_refused_or_says_the_same(tmp_path, number):
+def test_a_damaged_checkpoint_is_refused_or_says_the_same(tmp_path):
     path = tmp_path / "some.ckpt"
     state = {
         "state_dict": {"a": torch.randn(40, 3), "b": torch.arange(7)},
@@ -336,7 +328,7 @@ def test_a_damaged_checkpoint_is_refused_or_says_the_same(tmp_path, number):
     torch.save(state, path)
     content = path.read_bytes()
 
-    @settings(SLOW, max_examples=number)
+    @settings(SLOW, max_examples=INPUTS)
     @given(damaged(content))
     def run(other: bytes) -> None:
         path.write_bytes(other)
@@ -347,15 +339,14 @@ def test_a_damaged_checkpoint_is_refused_or_says_the_same(tmp_path, number):
     run()
 
 
-@pytest.mark.parametrize("number", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
-def test_damaged_weights_without_sums_are_read_or_refused(tmp_path, number):
+def test_damaged_weights_without_sums_are_read_or_refused(tmp_path):
     """As any checkpoint of the Hub: nothing tells that a bit of a weight is another, but the form is looked at."""
     pico_model(num_hidden_layers=1).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     content = path.read_bytes()
     header = content[:2000]
 
-    @settings(SLOW, max_examples=number)
+    @settings(SLOW, max_examples=INPUTS)
     @given(damaged(header))
     def run(other: bytes) -> None:
         path.unlink()

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -150,8 +151,8 @@ def kill_once(stage: Stage, number: int, generator: random.Random, place: Path) 
     return doing
 
 
-def stages(place: Path) -> list[Stage]:
-    """The commands, each run once and left alone."""
+def stages(place: Path, names: Sequence[str] = ("fit", "prune", "test", "compare")) -> list[Stage]:
+    """The commands of these names, in this order, each run once and left alone; each needs those before it."""
     model, rows = write_inputs(place / "inputs")
     found = [
         Stage("fit", [], place / "fit", 0.5),
@@ -175,6 +176,7 @@ def stages(place: Path) -> list[Stage]:
     compare.arguments = ["compare", *map(str, records), "--output_dir", str(compare.run)]
     log = place / "log.txt"
     finish(["compare", "--help"], log)  # the first process waits for what is loaded before
+    found = [stage for stage in found if stage.name in names]
     for stage in found:
         began = time.monotonic()
         events = place / "events.txt"
