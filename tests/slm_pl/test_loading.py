@@ -87,6 +87,10 @@ def test_package_file(tmp_path, monkeypatch, cache):
         UsageError, match=r"package 'pico_weights' has no file 'b.gguf'; its .gguf files are \['a.gguf'\]"
     ):
         loading.resolve("package:pico_weights/b.gguf")
+    (tmp_path / "outside.gguf").write_text("x")
+    for outside in ("../outside.gguf", str(tmp_path / "outside.gguf")):
+        with pytest.raises(UsageError, match="package 'pico_weights' has no file"):
+            loading.resolve(f"package:pico_weights/{outside}")
     with pytest.raises(UsageError, match="package 'pico_weights' has no file ''"):
         loading.resolve("package:pico_weights")
     with pytest.raises(UsageError, match=f"{package / 'a.gguf'} cannot be read as a GGUF model"):
@@ -109,6 +113,11 @@ def test_code_of_a_checkpoint_is_refused_with_the_flag_named(copy, tmp_path):
     with pytest.raises(UsageError, match="Python code of its own.*--model.trust_remote_code true"):
         loading.load_model(loading.resolve(str(copy)))
     assert not ran.exists()
+
+
+def test_trusting_code_is_said_loudly(pico_dir):
+    with pytest.warns(UserWarning, match=f"Python code that {pico_dir} brings along is run"):
+        loading.resolve(str(pico_dir), trust_remote_code=True)
 
 
 def test_pickled_weights_are_refused(copy, tmp_path):
