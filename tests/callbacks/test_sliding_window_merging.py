@@ -371,7 +371,7 @@ def test_two_processes_share_the_work_and_end_with_the_plan_of_one(tmp_path):
     in_two_processes(_rank, tmp_path)
     assert (tmp_path / "few0.json").read_text() == (tmp_path / "few1.json").read_text()
     for number, variant in enumerate(VARIANTS):
-        one = SlidingWindowMerging(remove_layers=3, **variant).plan(pico_model(seed=5), CALIBRATION).to_json()
+        one = SlidingWindowMerging(remove_layers=3, **variant).plan(pico_model(seed=5), CALIBRATION).file_text
         texts = [(tmp_path / f"{number}.{rank}.json").read_text() for rank in (0, 1)]
         assert texts == [one, one]
     for rank in (0, 1):
