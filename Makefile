@@ -63,4 +63,4 @@ bench: install  ## Run the benchmarks (minutes)
 	$(BIN)/python -m tests.benchmarks.estimate
 
 clean:  ## Remove runs and caches
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs .hypothesis .pytest_cache .mypy_cache .ruff_cache
