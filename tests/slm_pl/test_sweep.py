@@ -817,6 +817,7 @@ if command == "test":
     label = next(line.split(": ", 1)[1] for line in open(path) if line.startswith("  label"))
     record = json.loads((cell.parent / "template.json").read_text())
     record["model"]["label"] = label.strip()
+    del record["sha256"]
     (cell / "results.json").write_text(json.dumps(record))
 else:
     (cell / "export").mkdir(exist_ok=True)
