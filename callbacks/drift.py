@@ -1,5 +1,6 @@
 """Distance from the dense model on held-out text, as a test hook."""
 
+import contextlib
 from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as pl
@@ -107,8 +108,7 @@ class Drift(PlanObserver, EarlyCheck):
         dense = self._dense(pl_module)
         for index, (text, windows) in enumerate(zip(self.texts, self._windows, strict=True)):
             corpus = text.protocol().label
-            asked = [corpus, windows.sha256, windows.protocol, self.batch_size, dense.pretrained, dense.revision]
-            asked.append(None if dense.directory is None else identity.contents(dense.directory))
+            asked = [corpus, windows.sha256, windows.protocol, self.batch_size, *dense]
 
             def measure(index: int = index, windows: Windows = windows, corpus: str = corpus) -> DriftResult:
                 if self._references is None:
@@ -133,12 +133,14 @@ class Drift(PlanObserver, EarlyCheck):
         head = OutputHead.of(dense)
         return [reference_states(dense, windows, name, head, self.batch_size) for windows in self._windows]
 
-    def _dense(self, module: CausalLM) -> loading.Source:
-        """Where the dense model is, or was."""
-        if self.reference is not None:
-            return loading.resolve(self.reference, None, module.source.trust_remote_code)
-        base = module.plans[0].base
-        return loading.Source(base.pretrained, base.pretrained, base.revision)
+    def _dense(self, module: CausalLM) -> list[object]:
+        """The name of the dense model, and what tells its content."""
+        base = module.plans[0].base if self.reference is None else None
+        name, revision = (base.pretrained, base.revision) if base is not None else (cast(str, self.reference), None)
+        location = name
+        with contextlib.suppress(UsageError):  # it is gone, which the measurement tells
+            location = loading.resolve(name, revision, module.source.trust_remote_code).location
+        return [name, identity.model_content(location, revision)]
 
     def _load(self, module: CausalLM, model: "PreTrainedModel") -> list[Reference]:
         """Loads the dense model in the dtype of the compressed one, asks it and forgets it."""

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks.base import EarlyCheck
-from slm_pl import console, files, loading
+from slm_pl import console, files, identity, loading
 from slm_pl.compression.architecture import ARCHITECTURES, context_length, num_layers
 from slm_pl.compression.plan import count_parameters
 from slm_pl.errors import UsageError
@@ -219,7 +219,7 @@ class Efficiency(EarlyCheck):
                     rank_zero_warn(f"Efficiency, {point}: {at.figures.missing['latency_s']}")
         _tell_missing(results, begin, found)
 
-    def _asked(self, point: Point, beside: str) -> list[object]:
+    def _asked(self, point: Point, beside: object) -> list[object]:
         """All that decides what is measured at a point beside the model and the machine."""
         return [repr(self.rules), repr(point), self.warmup, repr(self.switches), self.texts, beside]
 
@@ -237,13 +237,16 @@ class Efficiency(EarlyCheck):
             if not reason:
                 raise
             rank_zero_warn(f"Efficiency: the baseline {name} could not be loaded beside the model: {reason}")
+        location = loading.resolve(name, None, module.source.trust_remote_code).location
+        commit = None if dense is None else getattr(dense.config, "_commit_hash", None)
+        content = identity.model_content(location, commit)
         pairs = sum(self.warmup + point.repeats for point in self._grid)
         with console.progress("Efficiency, in turn with the baseline", pairs) as step:
             for index, point in enumerate(self._grid, begin):
                 figures = results.efficiency[index]
                 if figures.latency_s is None:
                     continue
-                asked = self._asked(point, name)
+                asked = self._asked(point, [name, content])
                 before = module.journal.find(asked, Paired)
                 compared: Paired | str = before or f"with both models, {reason}"
                 if before is None and dense is not None:

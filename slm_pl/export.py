@@ -48,8 +48,8 @@ def save_compressed(
     If the layers differ in width, the directory holds ``modeling_pruned.py``, a copy of
     :mod:`slm_pl.compression.modeling`, and the config names it: transformers runs it with ``trust_remote_code=True``.
 
-    ``SHA256SUMS`` holds the sums of all files but the card and its pictures; whoever loads the directory with this
-    package gets what was written, or an error. ``sha256sum -c SHA256SUMS`` says the same.
+    ``slm_pl.sha256`` holds the sums of all files but the card and its pictures; whoever loads the directory with this
+    package gets what was written, or an error. ``sha256sum -c slm_pl.sha256`` says the same.
 
     Another dtype or int8 is what transformers makes of the ordinary checkpoint, which is written beside the directory
     for as long as that takes; the model in memory stays as it is. Whoever loads int8 needs torchao.

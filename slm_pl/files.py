@@ -78,6 +78,7 @@ def check_output_directory(path: str | os.PathLike[str], overwrite: bool) -> Non
         UsageError: If the directory is not empty and ``overwrite`` is false, or if it cannot be written.
     """
     path = Path(path)
+    remove_abandoned(path)
     try:
         if path.exists() and not path.is_dir():
             raise UsageError(f"The output directory {path} is a file. Give the path of a directory.")
@@ -108,7 +109,6 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     """
     path = Path(path)
     check_output_directory(path, overwrite)
-    remove_abandoned(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
     try:
         yield temporary
@@ -134,11 +134,11 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
 
 
 def remove_abandoned(path: Path) -> None:
-    """Removes what processes that were killed, on this host, had begun to write in the place of a path.
+    """Removes what processes that were killed, here and since the last boot, had begun to write in the place of a path.
 
     A directory that had stepped aside for its successor when that happened goes back.
     """
-    own_host = f".{path.name}.{_OWNED}{socket.gethostname()}-"
+    own_host = f".{path.name}.{_OWNED}{_place()}-"
     for left in path.parent.glob(f"{glob.escape(own_host)}*"):
         number = left.name.removeprefix(own_host).partition(".")[0]
         if not number.isdecimal() or not ended(socket.gethostname(), int(number)):
@@ -165,9 +165,18 @@ def ended(host: str, number: int) -> bool:
     return False
 
 
+def _place() -> str:
+    """Where a process number means one process: containers may share a host's name, and machines one another's."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        parts += [boot[:8], str(os.stat("/proc/self/ns/pid").st_ino)]
+    return "-".join(parts)
+
+
 def _prefix(path: Path) -> str:
     """Of the temporary name of a file or directory: it says whose it is."""
-    return f".{path.name}.{_OWNED}{socket.gethostname()}-{os.getpid()}."
+    return f".{path.name}.{_OWNED}{_place()}-{os.getpid()}."
 
 
 def check_archive(path: str | os.PathLike[str], advice: str) -> None:

@@ -109,6 +109,16 @@ def contents(directory: str | os.PathLike[str], patterns: Sequence[str] = ("*",)
     return [(path.relative_to(directory).as_posix(), content(path)) for path in found if not path.name.startswith(".")]
 
 
+def model_content(location: str, revision: str | None) -> object:
+    """What tells the content of a model: its files, or its revision on the Hub; if neither is known, equal to nothing.
+
+    Args:
+        location: A directory or Hub id.
+        revision: The commit, if it is known.
+    """
+    return contents(location) if os.path.isdir(location) else revision or os.urandom(16).hex()
+
+
 def content_of(path: str | os.PathLike[str]) -> object:
     """What tells the content of a file, or of a directory and those in it."""
     return contents(path, ("*", "*/*")) if os.path.isdir(path) else content(path)

@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 from typing import TypeVar
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from slm_pl import files, identity
+from slm_pl.errors import UsageError
 from slm_pl.results import FormError, decode
 from slm_pl.sealing import is_whole, sealed
 
@@ -58,11 +61,14 @@ class Journal:
         return value
 
     def keep(self, asked: object, value: object) -> None:
-        """Adds a figure, a dataclass, and writes it down."""
+        """Adds a figure, a dataclass, and writes it down; where that cannot be, the figure itself is not lost."""
         assert dataclasses.is_dataclass(value)
         self._parts[_key(asked, type(value))] = dataclasses.asdict(value)  # type: ignore[arg-type]
         # Not finite numbers are kept as they are: this file is nobody else's.
-        files.write_text(self._path, json.dumps(sealed({"about": self._about, "parts": self._parts})))
+        try:
+            files.write_text(self._path, json.dumps(sealed({"about": self._about, "parts": self._parts})))
+        except UsageError as error:
+            rank_zero_warn(f"What is measured is not kept for the case that this test is stopped: {error}")
 
     def close(self) -> None:
         """Removes the file: everything stands in ``results.json``."""

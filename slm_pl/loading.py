@@ -100,7 +100,7 @@ def load_model(
 
     Raises:
         UsageError: If there is no such model, it cannot be reached, its files are not as they were written (where
-            ``SHA256SUMS`` tells), it lacks weights, it needs code of its own that was
+            ``slm_pl.sha256`` tells), it lacks weights, it needs code of its own that was
             not trusted, it is quantised in another way than was asked for, or torchao is needed and missing.
     """
     from transformers import AutoModelForCausalLM

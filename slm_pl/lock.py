@@ -11,6 +11,8 @@ from slm_pl import files
 from slm_pl.errors import UsageError
 
 _NAME = ".lock"
+_HELD: set[Path] = set()
+"""Those of this process: its number does not tell its runs apart."""
 
 
 @contextlib.contextmanager
@@ -32,6 +34,8 @@ def locked(directory: Path, what: str = "run", option: str = "--trainer.default_
     files.make_directory(directory)
     path = directory / _NAME
     own = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+    if path.resolve() in _HELD:
+        raise _taken(path, own, what, option)
     try:
         if not _take(path, own):
             _set_aside(path, what, option)
@@ -41,9 +45,11 @@ def locked(directory: Path, what: str = "run", option: str = "--trainer.default_
         raise UsageError(
             f"Cannot write {path}: {error.strerror or error}. Give {option} a directory that you can write to."
         ) from error
+    _HELD.add(path.resolve())
     try:
         yield
     finally:
+        _HELD.discard(path.resolve())
         if _read(path) == own:  # else somebody removed it, and another may have begun
             path.unlink(missing_ok=True)
         if made:
@@ -56,8 +62,12 @@ def _take(path: Path, own: str) -> bool:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
-    with os.fdopen(handle, "w") as file:
-        file.write(own)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(own)
+    except BaseException:
+        path.unlink(missing_ok=True)  # an empty one would keep everybody out
+        raise
     return True
 
 
@@ -109,6 +119,6 @@ def _taken(path: Path, text: str | None, what: str, option: str) -> UsageError:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return None

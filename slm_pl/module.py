@@ -310,7 +310,7 @@ class CausalLM(RecoveryModule):
         )
 
         self.journal = Journal(self.trainer.default_root_dir, self._about(self.results))
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and not may_overwrite(self.trainer):
             self.journal.open()
 
     def _about(self, results: Results) -> dict[str, object]:
@@ -320,6 +320,7 @@ class CausalLM(RecoveryModule):
             "model": dataclasses.asdict(dataclasses.replace(results.model, label="")),
             "environment": dataclasses.asdict(dataclasses.replace(results.environment, date="")),
             "revision": getattr(config, "_commit_hash", None),
+            "lora": None if self.lora is None else dataclasses.asdict(self.lora),
             "attention": str(getattr(config, "_attn_implementation", None)),
             "plans": [plan.sha256 for plan in self.plans],
             "files": None if directory is None else identity.contents(directory),

@@ -1,4 +1,4 @@
-"""``SHA256SUMS`` of a checkpoint, in the form of ``sha256sum``: whether its files are as they were written."""
+"""``slm_pl.sha256`` of a checkpoint, in the form of ``sha256sum``: whether its files are as they were written."""
 
 import functools
 import hashlib
@@ -11,7 +11,8 @@ from slm_pl import files
 from slm_pl.console import progress
 from slm_pl.errors import UsageError
 
-SUMS = "SHA256SUMS"
+SUMS = "slm_pl.sha256"
+"""A name of our own: a ``SHA256SUMS`` that came with a model may be of any form, and name what was not fetched."""
 _BLOCK = 1 << 22
 _WORTH_A_BAR = 2**30  # bytes
 
@@ -30,7 +31,7 @@ def write_sums(directory: str | os.PathLike[str], left_out: Iterable[str] = ()) 
 
 
 def check_sums(directory: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Refuses files that are not as ``SHA256SUMS`` says; a directory without one passes.
+    """Refuses files that are not as ``slm_pl.sha256`` says; a directory without one passes.
 
     A file that has not changed since this process looked at it is not read again.
 
@@ -39,7 +40,7 @@ def check_sums(directory: str | os.PathLike[str], wanted: Callable[[str], bool] 
         wanted: Which of the names in it to look at.
 
     Raises:
-        UsageError: With the file's name, if one is missing or has another content, or if ``SHA256SUMS`` is damaged.
+        UsageError: With the file's name, if one is missing or has another content, or if ``slm_pl.sha256`` is damaged.
     """
     directory = Path(directory)
     listed = directory / SUMS

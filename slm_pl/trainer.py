@@ -173,8 +173,9 @@ class Trainer(pl.Trainer):
             reason = files.disk_failure(error)
             if reason is None:
                 raise
-            with contextlib.suppress(OSError):
-                _remove(partial)
+            if self.is_global_zero:  # others may still write their parts
+                with contextlib.suppress(OSError):
+                    _remove(partial)
             raise UsageError(
                 f"The checkpoint {path} could not be written: {reason}. Those that were written before are whole. Make "
                 "room, then run the same command with --ckpt_path last."
@@ -273,9 +274,10 @@ class Trainer(pl.Trainer):
         # resumed run takes its plan from disk, and `test` wraps the model in the adapters that the checkpoint holds.
         self._checkpoint_connector._ckpt_path = ckpt_path
         if ckpt_path is not None and "://" not in os.fspath(ckpt_path):
-            check_checkpoint(Path(ckpt_path))
             if weights_only and os.path.isfile(ckpt_path):
                 read_checkpoint(Path(ckpt_path), mmap=True)
+            else:
+                check_checkpoint(Path(ckpt_path))
         self.stop_signal = None
         self._signal_connector.register_signal_handlers()
         with self._held:

@@ -192,8 +192,9 @@ FORMS = {
 }
 
 
-def attack(name: str, how: str, number: int, directory: Path) -> None:
-    """Gives a reader documents with wrong values in them, or damaged files."""
+def attack(name: str, how: str, number: int, directory: Path) -> tuple[int, int]:
+    """Gives a reader documents with wrong values, or damaged files; how many were read, and how many refused."""
+    read, refused = 0, 0
     valid, write, file, reader = FORMS[name]
     path = directory / file
     path.write_bytes(write(valid))
@@ -203,10 +204,15 @@ def attack(name: str, how: str, number: int, directory: Path) -> None:
     @settings(SLOW, max_examples=number)
     @given(contents)
     def run(content: bytes) -> None:
+        nonlocal read, refused
         path.write_bytes(content)
-        reader(path)
+        if reader(path) is None:
+            refused += 1
+        else:
+            read += 1
 
     run()
+    return read, refused
 
 
 HOW = ["values", "bytes"]
@@ -215,7 +221,9 @@ HOW = ["values", "bytes"]
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", FORMS)
 def test_read_or_refused(name, how, tmp_path):
-    attack(name, how, INPUTS, tmp_path)
+    read, refused = attack(name, how, INPUTS, tmp_path)
+    assert refused > 0  # what is wrong is told
+    assert read + refused >= INPUTS
 
 
 @pytest.mark.parametrize(("form", "name"), [(PLAN, "plan.json"), (record_of("pruned", plan="ab"), "results.json")])
@@ -293,7 +301,7 @@ def test_an_export_with_a_damaged_file_is_refused_with_its_name(export, tmp_path
     copy_of = tmp_path / "copy"
     copy_of.mkdir()
     names = [path.name for path in export.iterdir() if path.suffix not in (".md", ".png")]
-    assert {"model.safetensors", "config.json", "tokenizer.json", "plan.json", "SHA256SUMS"} <= set(names)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "plan.json", "slm_pl.sha256"} <= set(names)
     tried = 0
     for name in names:
         for other in export.iterdir():
@@ -302,18 +310,18 @@ def test_an_export_with_a_damaged_file_is_refused_with_its_name(export, tmp_path
         content = (export / name).read_bytes()
         for how in ("flip", "flip", "flip", "cut", "gone"):
             at = generator.randrange(len(content))
-            if how == "gone" and name in ("SHA256SUMS", "config.json"):
+            if how == "gone" and name in ("slm_pl.sha256", "config.json"):
                 continue  # then nothing says what there was, or that it is a checkpoint
             (copy_of / name).unlink(missing_ok=True)
             if how != "gone":
                 flipped = content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
                 (copy_of / name).write_bytes(flipped if how == "flip" else content[:at])
             tried += 1
-            if how == "cut" and name == "SHA256SUMS":
+            if how == "cut" and name == "slm_pl.sha256":
                 continue  # at the end of a line, it is a shorter list
             with pytest.raises(UsageError) as caught:
                 load_all(copy_of)
-            named = name if name != "SHA256SUMS" else copy_of.name
+            named = name if name != "slm_pl.sha256" else copy_of.name
             assert named in str(caught.value), caught.value
     assert tried > 30
 
@@ -351,6 +359,9 @@ def test_damaged_weights_without_sums_are_read_or_refused(tmp_path):
     def run(other: bytes) -> None:
         path.unlink()
         path.write_bytes(other + content[2000:])
-        refused_or_read(lambda: load_model(resolve(str(tmp_path))), tmp_path)
+        refused.append(refused_or_read(lambda: load_model(resolve(str(tmp_path))), tmp_path) is None)
 
+    refused: list[bool] = []
     run()
+    assert len(refused) >= INPUTS
+    assert sum(refused) > INPUTS / 2  # a damaged header seldom means anything

@@ -214,7 +214,7 @@ class Plan:
     @property
     def file_text(self) -> str:
         """The text of ``plan.json``: that of the plan, and its :attr:`sha256`."""
-        return self.to_json().removesuffix("\n}\n") + f',\n  "{SEAL}": "{self.sha256}"\n}}\n'
+        return self.to_json().removesuffix("\n}\n") + _seal_line(self.sha256)
 
     @property
     def requested_ratio(self) -> float | None:
@@ -248,7 +248,8 @@ class Plan:
                 it was written.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            data = json.loads(text)
         except FileNotFoundError as error:
             raise UsageError(f"There is no plan at {path}. Give the path of a plan.json that slm_pl wrote.") from error
         except (OSError, ValueError, RecursionError) as error:
@@ -256,8 +257,12 @@ class Plan:
                 f"{path} cannot be read as a plan ({error}). Give a plan.json that slm_pl wrote."
             ) from error
         plan = Plan.from_dict(data, str(path))
-        if data.get(SEAL, plan.sha256) != plan.sha256:
-            raise UsageError(broken_seal(path))
+        if SEAL in data:
+            # Of the text, which another version may write otherwise, or, where that was put into another form, of what
+            # it says.
+            written = text.removesuffix(_seal_line(data[SEAL])) + "\n}\n"
+            if data[SEAL] not in (hashlib.sha256(written.encode()).hexdigest(), plan.sha256):
+                raise UsageError(broken_seal(path))
         if plan.tensors_sha256 is None:
             return plan
         return replace(plan, tensors=_load_tensors(tensors_file(path), plan.tensors_sha256))
@@ -297,6 +302,11 @@ class Plan:
                 f"{origin} is not a plan that slm_pl can apply ({type(error).__name__}: {error}). "
                 "Give a plan.json that slm_pl wrote."
             ) from error
+
+
+def _seal_line(sha256: object) -> str:
+    """The end of ``plan.json``."""
+    return f',\n  "{SEAL}": "{sha256}"\n}}\n'
 
 
 def tensors_file(path: str | os.PathLike[str]) -> Path:

@@ -153,7 +153,7 @@ def test_plan_that_is_not_the_models_own_does_not_stop_the_test(pico_dir, tmp_pa
     plan["steps"] = [{**plan["steps"][0], "low": 1, "high": 40}]
     del plan["sha256"]  # edited on purpose
     (export / "plan.json").write_text(json.dumps(plan))
-    (export / "SHA256SUMS").unlink()
+    (export / "slm_pl.sha256").unlink()
     make_trainer(tmp_path / "t", RepresentationSimilarity()).test(make_module(export), datamodule=data, verbose=False)
     record = record_of(tmp_path / "t")
     assert (record["layers"], record["windows"]) == (["0", "1", "2", "3"], [])

@@ -78,7 +78,7 @@ def test_round_trip(model_type, tmp_path):
     assert stock.config.num_hidden_layers == len(stock.model.layers) == 3
     assert torch.equal(logits_of(stock), logits)
     assert AutoTokenizer.from_pretrained(path)(TEXT).input_ids == pico_tokenizer()(TEXT).input_ids
-    assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors", ".md", ""}  # no pickle, no code
+    assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors", ".md", ".sha256"}  # no pickle, no code
 
 
 def test_model_card_says_what_was_done(tmp_path):
@@ -215,7 +215,14 @@ print(json.dumps({{
 def test_unequal_layers_bring_their_code_and_nothing_else_that_runs(tmp_path):
     model, plans = narrowed()
     path = save_compressed(model, pico_tokenizer(), tmp_path / "export", plans, recovered=False)
-    assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors", ".md", ".py", ".png", ""}  # no .bin, no .pt
+    assert {p.suffix for p in path.iterdir()} == {
+        ".json",
+        ".safetensors",
+        ".md",
+        ".py",
+        ".png",
+        ".sha256",
+    }  # no .bin, no .pt
     assert [p.name for p in path.glob("*.py")] == ["modeling_pruned.py"]
     code = (path / "modeling_pruned.py").read_text()
     source = Path(modeling.__file__).read_text()

@@ -6,9 +6,10 @@ import math
 import pytest
 
 from callbacks import Perplexity
-from slm_pl.data import EvaluationText
+from slm_pl.data import EvaluationText, load_evaluation
 from slm_pl.evaluation.perplexity import PerplexityResult
 from slm_pl.journal import NAME, Journal
+from slm_pl.module import LoRA
 from slm_pl.results import Results
 from tests.helpers.run import make_module, make_trainer
 
@@ -49,8 +50,10 @@ def test_a_test_that_was_broken_off_measures_only_what_is_missing(pico_dir, tmp_
 
     monkeypatch.setattr(hook, "perplexity", measure)
 
-    def test(run, **options):
-        make_trainer(run, Perplexity(TEXTS, **options)).test(make_module(pico_dir), dataloaders=[0], verbose=False)
+    def test(run, overwrite=False):
+        make_trainer(run, Perplexity(TEXTS), overwrite=overwrite).test(
+            make_module(pico_dir), dataloaders=[0], verbose=False
+        )
 
     with pytest.raises(SystemExit):
         test(tmp_path)
@@ -63,3 +66,36 @@ def test_a_test_that_was_broken_off_measures_only_what_is_missing(pico_dir, tmp_
     test(tmp_path / "whole")
     assert found == Results.load(tmp_path / "whole" / "results.json").perplexity
     assert measured == [16, 32, 32, 16, 32]
+
+
+def test_overwrite_and_other_settings_measure_anew(pico_dir, tmp_path):
+    def leave(**options):
+        """What a killed test leaves: a figure that is wrong, so that its use would show."""
+        module = make_module(pico_dir, **options)
+        trainer = make_trainer(tmp_path, overwrite=True)
+        trainer.test(module, dataloaders=[0], verbose=False)
+        journal = module.journal
+        windows = load_evaluation(TEXTS[0], module.tokenizer)
+        corpus = TEXTS[0].protocol().label
+        journal.keep([corpus, windows.sha256, windows.protocol, 4], FIGURE)
+        (tmp_path / "results.json").unlink()
+
+    def value(overwrite=False, **options):
+        trainer = make_trainer(tmp_path, Perplexity(TEXTS[:1]), overwrite=overwrite)
+        trainer.test(make_module(pico_dir, **options), dataloaders=[0], verbose=False)
+        found = Results.load(tmp_path / "results.json").perplexity[0].value
+        (tmp_path / "results.json").unlink()
+        return found
+
+    leave()
+    assert value() == FIGURE.value  # else the rest shows nothing
+    leave()
+    assert value(overwrite=True) != FIGURE.value
+    leave()
+    assert value(lora=LoRA(r=2, alpha=32)) != FIGURE.value
+
+
+def test_a_disk_that_takes_no_journal_costs_no_figure(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="is not kept for the case that this test is stopped"):
+        Journal(tmp_path / "file", {}).keep(["text"], FIGURE)

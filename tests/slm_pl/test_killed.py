@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -17,38 +16,15 @@ import pytest
 import torch
 import yaml
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["slm_pl.cli", "callbacks", "transformers.models.llama", "peft", "datasets", "matplotlib"]
-)
-
-
-def command(arguments: list[str], log: str, fault: Callable[[], None] | None) -> None:
-    """``main.py`` with these arguments in this process; what it says goes to a file."""
-    from slm_pl.cli import main
-
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    if fault is not None:
-        fault()
-    main(arguments)
+from tests.faults import processes
 
 
 def start(config: Path, *arguments: str, fault: Callable[[], None] | None = None):
-    process = CONTEXT.Process(
-        target=command,
-        args=(["fit", "--config", str(config), *arguments], str(config.with_name("log.txt")), fault),
-    )
-    process.start()
-    return process
+    return processes.start(["fit", "--config", str(config), *arguments], config.with_name("log.txt"), fault)
 
 
 def finish(config: Path, *arguments: str, fault: Callable[[], None] | None = None) -> int:
-    process = start(config, *arguments, fault=fault)
-    process.join()
-    return process.exitcode
+    return processes.finish(["fit", "--config", str(config), *arguments], config.with_name("log.txt"), fault)
 
 
 def write_config(directory: Path, pico_dir: Path, rows: Path) -> Path:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -26,6 +27,22 @@ PLAN = Plan(
     trace=({"low": 1, "high": 3, "similarity": 0.9, "accepted": True},),
     outcome={"threshold": 0.72},
 )
+
+
+def test_the_seal_is_that_of_the_text_or_of_what_it_says(tmp_path):
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data))  # in another form
+    assert Plan.load(path) == PLAN
+    # As a later version may write it, with an entry that this one does not know.
+    later = PLAN.to_json().replace('  "base"', '  "note": 1,\n  "base"')
+    sha256 = hashlib.sha256(later.encode()).hexdigest()
+    path.write_text(later.removesuffix("\n}\n") + f',\n  "sha256": "{sha256}"\n}}\n')
+    assert Plan.load(path) == PLAN
+    path.write_text(path.read_text().replace('"note": 1', '"note": 2'))
+    with pytest.raises(UsageError, match="plan.json is not as it was written"):
+        Plan.load(path)
 
 
 def test_round_trip_is_byte_for_byte(tmp_path):

@@ -573,7 +573,7 @@ def test_what_a_strangers_config_says_of_the_layout_is_not_used(tmp_path):
     right = config["width_layout"]
     config["width_layout"] = {"layers": "model.layers", "mlp": {**right["mlp"], "units": 7, "in": {"mlp.up_proj": 1}}}
     (path / "config.json").write_text(json.dumps(config))
-    (path / "SHA256SUMS").unlink()
+    (path / "slm_pl.sha256").unlink()
     loaded, _, _ = load_compressed(path)
     assert loaded.config.width_layout == right
     apply(loaded, KeepChannels(4, "attention", (0,)))
@@ -592,7 +592,7 @@ def test_widths_of_which_no_model_can_be_made_are_refused(widths, tmp_path):
     path = save_compressed(model, pico_tokenizer(), tmp_path / "export", [plan], recovered=False)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "layer_widths": widths}))
-    (path / "SHA256SUMS").unlink()
+    (path / "slm_pl.sha256").unlink()
     with pytest.raises(UsageError, match="layer_widths .*is not a list of 6 entries such as"):
         load_compressed(path)
 
@@ -604,6 +604,6 @@ def test_a_config_with_a_null_in_that_place_is_an_ordinary_one(tmp_path):
     path = save_compressed(model, pico_tokenizer(), tmp_path / "export", [], recovered=False)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "layer_widths": None}))
-    (path / "SHA256SUMS").unlink()
+    (path / "slm_pl.sha256").unlink()
     loaded, _, _ = load_compressed(path)
     assert torch.equal(logits(loaded.eval()), logits(model))
