@@ -93,14 +93,24 @@ def outcome(run: Path) -> dict[str, object]:
             found[name] = path.read_bytes()
         elif path.name == "last.ckpt":
             state = torch.load(path, weights_only=True)
-            tensors = {key: value.tolist() for key, value in state["state_dict"].items()}
-            found[name] = [state["global_step"], state["history"], tensors]
+            found[name] = [state["global_step"], {key: value.tolist() for key, value in state["state_dict"].items()}]
+            found["history"] = _history(path.parent)
         elif path.name == "results.json":
             record = Results.load(path)
             found[name] = [record.perplexity, record.drift, record.zero_shot, len(record.efficiency), record.model]
         elif path.name.startswith("comparison") and path.suffix in (".md", ".csv"):
             found[name] = path.read_text()
     return found
+
+
+def _history(checkpoints: Path) -> dict[str, list]:
+    """All that the checkpoints say was logged: a run that went on writes the last one again, with one loss more."""
+    found: dict[str, dict] = {}
+    for path in checkpoints.glob("*.ckpt"):
+        for name, points in torch.load(path, weights_only=True)["history"].items():
+            for step, value in points:
+                assert found.setdefault(name, {}).setdefault(step, value) == value, f"{path}: {name} of step {step}"
+    return {name: sorted(points.items()) for name, points in found.items()}
 
 
 def figures_kept(run: Path) -> int:
@@ -155,10 +165,10 @@ def stages(place: Path, names: Sequence[str] = ("fit", "prune", "test", "compare
     """The commands of these names, in this order, each run once and left alone; each needs those before it."""
     model, rows = write_inputs(place / "inputs")
     found = [
-        Stage("fit", [], place / "fit", 0.5),
-        Stage("prune", [], place / "prune", 0.15),
-        Stage("test", [], place / "test", 0.25),
-        Stage("compare", [], place / "compare", 0.1),
+        Stage("fit", [], place / "runs" / "fit", 0.5),
+        Stage("prune", [], place / "runs" / "prune", 0.15),
+        Stage("test", [], place / "runs" / "test", 0.25),
+        Stage("compare", [], place / "runs" / "compare", 0.1),
     ]
     fit, prune, measure, compare = found
     fit.arguments = [

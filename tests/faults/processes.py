@@ -28,21 +28,24 @@ _CHANGES = (
     "os.chmod",
     "os.link",
 )
+_REMOVALS = ("os.remove", "os.rmdir", "shutil.rmtree")
 
 
 @dataclass
 class AtFileEvent:
-    """SIGKILL in front of the ``number``-th change below a directory; 0 counts them and writes the count to a file.
+    """SIGKILL in front of the ``number``-th change below a directory; a number below 1 only notes them.
 
     Args:
         below: The directory.
         number: Which change.
         log: Where every change is noted, one in a line.
+        failure: Instead of a kill, the disk says this from then on (an ``errno``), but still removes files.
     """
 
     below: str
     number: int
     log: str
+    failure: int | None = None
 
     def __call__(self) -> None:
         seen = 0
@@ -59,7 +62,9 @@ class AtFileEvent:
                 return
             seen += 1
             log.write(f"{event} {os.path.relpath(os.fspath(path), self.below)}\n")
-            if seen == self.number:
+            if self.failure is not None and 0 < self.number <= seen and event not in _REMOVALS:
+                raise OSError(self.failure, os.strerror(self.failure), os.fspath(path))
+            if self.failure is None and seen == self.number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(watch)

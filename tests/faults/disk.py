@@ -1,0 +1,138 @@
+"""Runs every command on a disk that fills up, then with room: ``python -m tests.faults.disk --times 40``.
+
+Half of the times the disk says at a random change of a file, and from then on, that it is full, or that it may be read
+only; the others, the commands write to a real file system in memory (``tmpfs``, which only root may make) with room for
+a random share of what they write. Then the command must end with one message and no traceback, no file with its proper
+name may be broken, and with room, the same command must leave what an undisturbed run had left.
+"""
+
+import argparse
+import errno
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.faults.kill import Stage, outcome, stages, whole
+from tests.faults.processes import AtFileEvent, finish
+
+FAILURES = {"full": errno.ENOSPC, "read-only": errno.EROFS}
+
+
+def said_once(log: Path) -> str:
+    """The message of a command that failed; fails if it is more than that."""
+    text = log.read_text()
+    assert "Traceback" not in text, text[-4000:]
+    messages = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1, text[-4000:]
+    return messages[0]
+
+
+def _ends_or_is_told(stage: Stage, log: Path, fault: AtFileEvent | None = None) -> str:
+    log.unlink(missing_ok=True)
+    code = finish(stage.arguments, log, fault)
+    assert code in (0, 1), log.read_text()[-4000:]
+    return said_once(log) if code else "ended all the same"
+
+
+def _goes_on(stage: Stage, log: Path) -> None:
+    whole(stage.run)
+    log.unlink(missing_ok=True)
+    code = finish(stage.arguments, log)
+    refusal = "exists and is not empty" in log.read_text() or "--overwrite" in log.read_text()
+    assert code == 0 or refusal, log.read_text()[-4000:]
+    found = outcome(stage.run)
+    for name in stage.outcome.keys() | found.keys():
+        assert found.get(name) == stage.outcome.get(name), f"{name} is not what an undisturbed run makes"
+
+
+def fail_at(stage: Stage, number: int, failure: int, place: Path) -> str:
+    """Lets the disk fail from the ``number``-th change of a file on; what the command said."""
+    shutil.rmtree(stage.run, ignore_errors=True)
+    said = _ends_or_is_told(
+        stage, place / "log.txt", AtFileEvent(str(stage.run), number, str(place / "events.txt"), failure)
+    )
+    _goes_on(stage, place / "again.txt")
+    return said
+
+
+def fill(stage: Stage, room: int, place: Path) -> str:
+    """Gives a command a disk with so many bytes, then one with enough; what it said."""
+    stage.run.parent.mkdir(exist_ok=True)
+    mount(stage.run.parent, room)
+    try:
+        said = _ends_or_is_told(stage, place / "log.txt")
+        whole(stage.run)
+        mount(stage.run.parent, 2**30, "remount")
+        _goes_on(stage, place / "again.txt")
+    finally:
+        subprocess.run(["umount", str(stage.run.parent)], check=True)
+    return said
+
+
+def mount(directory: Path, room: int, *options: str) -> None:
+    """Makes a file system in memory, or gives it another size."""
+    options = ",".join([*options, f"size={max(room, 4096)}"])
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)], check=True, capture_output=True)
+
+
+def can_mount() -> bool:
+    """Whether this process may make file systems."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            mount(Path(directory), 4096)
+        except (OSError, subprocess.CalledProcessError):
+            return False
+        subprocess.run(["umount", directory], check=True)
+    return True
+
+
+def size(run: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    """Runs the script."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--times", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    generator = random.Random(options.seed)
+    real = can_mount()
+    if not real:
+        print("This process may not mount file systems: the disk is only told to be full.")
+    tried, lost = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    with tempfile.TemporaryDirectory(prefix="slm_pl_disk_") as directory:
+        place = Path(directory)
+        all_stages = stages(place)
+        written = {stage.name: size(stage.run) for stage in all_stages}
+        for stage in all_stages:
+            for number in range(max(4, round(stage.share * options.times))):
+                how = ["full", "tmpfs", "read-only", "tmpfs"][number % 4] if real else ["full", "read-only"][number % 2]
+                tried[stage.name, how] += 1
+                try:
+                    if how == "tmpfs":
+                        said = fill(stage, int(generator.uniform(0.0, 1.1) * written[stage.name]), place)
+                    else:
+                        said = fail_at(stage, generator.randint(1, stage.events), FAILURES[how], place)
+                except Exception as error:
+                    lost[stage.name, how] += 1
+                    said = f"LOST: {error}"
+                print(f"{stage.name}, {how}: {said}", flush=True)
+    table = Table("stage", "disk", "times", "broken or lost", title="Disks that fail")
+    for (name, how), times in tried.items():
+        table.add_row(name, how, str(times), str(lost[name, how]))
+    Console(width=100).print(table)
+    if lost:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
