@@ -1,7 +1,6 @@
 """The command line: what a trainer does, ``prune``, and ``compare``, ``data``, ``estimate`` and ``sweep``."""
 
 import contextlib
-import errno
 import io
 import os
 import signal
@@ -20,10 +19,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from slm_pl import files, quantization
+from slm_pl import failures, files, quantization
 from slm_pl.compression.target import give_ratio
 from slm_pl.data import TrainingData
 from slm_pl.errors import UsageError
@@ -33,8 +31,6 @@ from slm_pl.parts import PartsFile, read
 from slm_pl.trainer import Trainer
 
 CONFIG_VERSION = 1
-_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
-"""What is wrong with a disk or the rights on it, not with this program."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -419,27 +415,11 @@ def main(args: Sequence[str] | None = None) -> None:
                 mirror_data(given[1:])
             else:
                 CLI(None if args is None else given, names_data=check_configs(given))
-    except (UsageError, FloatingPointError, MisconfigurationException) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except ValueError as error:
-        # Of a class inside a list or an optional, jsonargparse wraps what its __init__ raised.
-        cause = error.__cause__
-        while cause is not None and not isinstance(cause, UsageError):
-            cause = cause.__cause__
-        if cause is None:
+    except Exception as error:
+        message = failures.message_of(error)
+        if message is None:
             raise
-        print(f"error: {cause}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except OSError as error:
-        if error.errno not in _THE_DISK:
-            raise
-        where = f" at {error.filename}" if error.filename else ""
-        print(
-            f"error: The disk{where} says: {error.strerror}. Make room there, or give a place that you may use; what "
-            "was finished before is whole, and the same command goes on.",
-            file=sys.stderr,
-        )
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

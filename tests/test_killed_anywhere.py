@@ -1,10 +1,19 @@
-"""A short run of ``tests.faults.kill``: commands are killed between two changes of files, and go on."""
+"""Short runs of ``tests.faults``: commands are killed between two changes of files, or their disk fails, and go on."""
 
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.faults.kill import kill_once, outcome, stages
+from tests.faults.disk import FAILURES, can_mount, fail_at, fill, size
+from tests.faults.kill import kill_once, outcome, stages, whole
+from tests.faults.processes import fit_config, write, write_inputs
 
 
 @pytest.mark.long
@@ -14,3 +23,64 @@ def test_commands_are_killed_and_go_on(tmp_path):
         doing = kill_once(stage, 1, generator, tmp_path)
         assert doing != "before anything was written"
         assert outcome(stage.run) == stage.outcome
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", ["first", "second"])
+def test_where_one_of_two_processes_dies_the_other_ends_with_the_cause(victim, tmp_path):
+    model, rows = write_inputs(tmp_path / "inputs")
+    config = fit_config(model, rows, tmp_path / "run")
+    config["trainer"] |= {"devices": 2, "strategy": "ddp", "max_epochs": 500}
+    arguments = ["fit", "--config", write(config, tmp_path / "config.yaml")]
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:
+        first = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parents[1] / "main.py"), *arguments],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    second = None
+    try:
+        _wait(lambda: (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() or first.poll() is not None, log)
+        children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        (second,) = [int(child) for child in children if b"main.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        os.kill(first.pid if victim == "first" else second, signal.SIGKILL)
+        code = first.wait(60)
+        _wait(lambda: not _runs(second), log)
+    finally:
+        first.kill()
+        first.wait()
+        if second is not None and _runs(second):
+            os.kill(second, signal.SIGKILL)
+    assert code == (-signal.SIGKILL if victim == "first" else 1)
+    said = log.read_text()
+    assert "error: Another process of this run has ended or does not answer" in said
+    assert "Traceback" not in said, said[-4000:]
+    whole(tmp_path / "run")
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _wait(happened: Callable[[], bool], log: Path) -> None:
+    end = time.monotonic() + 90
+    while not happened():
+        assert time.monotonic() < end, log.read_text()[-4000:]
+        time.sleep(0.05)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["prune", "test"])
+def test_a_disk_that_fails_loses_nothing(name, tmp_path):
+    generator = random.Random(3)
+    stage = stages(tmp_path, ["prune", "test"])[["prune", "test"].index(name)]
+    for failure in FAILURES.values():
+        fail_at(stage, generator.randint(stage.events // 4, stage.events // 2), failure, tmp_path)
+    if can_mount():
+        assert "No space left" in fill(stage, size(stage.run) // 2, tmp_path)
