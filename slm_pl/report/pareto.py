@@ -1,7 +1,7 @@
 """What each model pays for its quality: a grid of quality against time, size and memory."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_NAMED = 40
+"""Of more models, only so many have their names in a picture, and bars are not drawn."""
 _MOST_PERPLEXITY = 1000.0  # times the least: ruined models are drawn at the edge
 _MARKERS = "osDvP"
 _INK = "#222222"
@@ -110,8 +112,9 @@ def pareto_plot(comparison: Comparison) -> bytes | None:
     if not grid:
         return None
     lines, columns = len(grid), len(grid[0])
-    labels = [f"{index}  {shortened(label, 48)}" for index, label in enumerate(comparison.labels, 1)]
-    in_line = max(1, int((3.7 * columns + 0.4) / (0.45 + 0.075 * max(map(len, labels)))))
+    named = _named(grid, len(comparison.labels))
+    labels = {index: f"{index + 1}  {shortened(comparison.labels[index], 48)}" for index in named}
+    in_line = max(1, int((3.7 * columns + 0.4) / (0.45 + 0.075 * max(map(len, labels.values())))))
     with plain_text():
         figure = new_figure(3.5 * columns + 0.6, 3.3 * lines + 0.5 + 0.2 * math.ceil(len(labels) / in_line))
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr,call-arg]
@@ -119,7 +122,7 @@ def pareto_plot(comparison: Comparison) -> bytes | None:
         edges = [_edge(panels) for panels in grid]
         for panels, axes_of_line, edge in zip(grid, all_axes, edges, strict=True):
             for panel, axes in zip(panels, axes_of_line, strict=True):
-                _draw(axes, panel, edge)
+                _draw(axes, panel, edge, labels)
             _scale(axes_of_line[0], panels, edge)
         for panel, axes in zip(grid[-1], all_axes[-1], strict=True):
             axes.set_xlabel(f"← {_name(panel.cost)}", fontsize=9)
@@ -127,12 +130,20 @@ def pareto_plot(comparison: Comparison) -> bytes | None:
             if panel.points and panel.cost.quantity == "seconds" and panel.cost.protocol["new_tokens"]:
                 _tokens_on_top(axes, panel.cost)
         ruined = any(p.y > edge for panels, edge in zip(grid, edges, strict=True) for one in panels for p in one.points)
-        _add_legend(figure, labels, in_line, ruined)
+        _add_legend(figure, labels, in_line, ruined, len(comparison.labels) - len(labels))
         figure.draw_without_rendering()  # so that it is known where everything is
         for panels, axes_of_line, edge in zip(grid, all_axes, edges, strict=True):
             for panel, axes in zip(panels, axes_of_line, strict=True):
-                _number_points(figure, axes, panel, edge)
+                _number_points(figure, axes, panel, edge, labels)
         return to_png(figure)
+
+
+def _named(grid: list[list[Panel]], models: int) -> list[int]:
+    """The models whose numbers and labels are written: all, or where they are many, the best ones."""
+    if models <= MOST_NAMED:
+        return list(range(models))
+    best = {point.model for panels in grid for panel in panels for point in panel.frontier}
+    return sorted({0, *sorted(best)[: MOST_NAMED - 1]})
 
 
 def _name(row: Row) -> str:
@@ -152,7 +163,7 @@ def _edge(panels: list[Panel]) -> float:
     return _MOST_PERPLEXITY * min(point.y for panel in panels for point in panel.points)
 
 
-def _draw(axes: "Axes", panel: Panel, edge: float) -> None:
+def _draw(axes: "Axes", panel: Panel, edge: float, named: Container[int]) -> None:
     plain(axes)
     if not panel.points:
         axes.annotate(
@@ -173,7 +184,13 @@ def _draw(axes: "Axes", panel: Panel, edge: float) -> None:
         linewidth=2,
         zorder=1,
     )
+    unnamed = [point for point in panel.points if point.model not in named]
+    if unnamed:
+        across, up = [point.x / x_unit for point in unnamed], [min(point.y, edge) / y_unit for point in unnamed]
+        axes.scatter(across, up, s=8, color=GREY, linewidths=0, zorder=1)
     for point in panel.points:
+        if point.model not in named:
+            continue
         colour, marker = _style(point.model)
         ruined = point.y > edge
         axes.errorbar(
@@ -230,12 +247,12 @@ def _tokens_on_top(axes: "Axes", latency: Row) -> None:
     top.spines["top"].set_color(GREY)
 
 
-def _add_legend(figure: "Figure", labels: list[str], in_line: int, ruined: bool) -> None:
+def _add_legend(figure: "Figure", labels: dict[int, str], in_line: int, ruined: bool, unnamed: int) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], linestyle="", marker=_style(index)[1], color=_style(index)[0], markersize=6, label=label)
-        for index, label in enumerate(labels)
+        for index, label in labels.items()
     ]
     figure.legend(
         handles=handles,
@@ -246,13 +263,14 @@ def _add_legend(figure: "Figure", labels: list[str], in_line: int, ruined: bool)
         handletextpad=0.2,
         columnspacing=1.2,
         title="Arrows point to the better side. Grey line: no other model is better in both."
-        + " Triangle at the edge: ruined, with its value." * ruined,
+        + " Triangle at the edge: ruined, with its value." * ruined
+        + f"\nNamed are the first and the best; {unnamed:,} others are points only." * (unnamed > 0),
         title_fontsize=8,
     )
 
 
-def _number_points(figure: "Figure", axes: "Axes", panel: Panel, edge: float) -> None:
-    """Writes every model's number beside its point, where nothing else is."""
+def _number_points(figure: "Figure", axes: "Axes", panel: Panel, edge: float, named: Container[int]) -> None:
+    """Writes the numbers of the named models beside their points, where nothing else is."""
     x_unit, y_unit = UNITS[panel.cost.quantity][0], UNITS[panel.quality.quantity][0]
     in_points = 72 / figure.dpi
 
@@ -265,17 +283,21 @@ def _number_points(figure: "Figure", axes: "Axes", panel: Panel, edge: float) ->
     places = [place(point.x, point.y) for point in panel.points]
     lines = []
     for point, (x, y) in zip(panel.points, places, strict=True):
+        if point.model not in named:
+            continue
         lines += [((place(point.x + side * point.x_error, point.y)[0], y), (x, y)) for side in (-1, 1)]
         if point.y <= edge:
             lines += [((x, place(point.x, point.y + side * point.y_error)[1]), (x, y)) for side in (-1, 1)]
     ends = [place(point.x, point.y) for point in panel.frontier]
     lines += list(zip(ends, ends[1:], strict=False))
     bars = [_Box.around(x, y, 1.5, 1.5) for line in lines for x, y in _along(*line)]
-    texts = [
-        f"{point.model + 1} ({number_text(point.y, 'perplexity')})" if point.y > edge else str(point.model + 1)
-        for point in panel.points
-    ]
-    for point, (dx, dy, far), text in zip(panel.points, _apart(places, texts, bars, room), texts, strict=True):
+    texts = {
+        index: f"{point.model + 1} ({number_text(point.y, 'perplexity')})" if point.y > edge else str(point.model + 1)
+        for index, point in enumerate(panel.points)
+        if point.model in named
+    }
+    for index, (dx, dy, far) in _apart(places, texts, bars, room).items():
+        point, text = panel.points[index], texts[index]
         note = axes.annotate(
             text,
             (point.x / x_unit, min(point.y, edge) / y_unit),
@@ -324,17 +346,29 @@ def _along(start: _Place, end: _Place) -> list[_Place]:
     ]
 
 
-def _apart(places: list[_Place], texts: list[str], lines: list[_Box], room: _Box) -> list[tuple[float, float, bool]]:
+def _apart(
+    places: list[_Place], texts: dict[int, str], lines: list[_Box], room: _Box
+) -> dict[int, tuple[float, float, bool]]:
     """Where each text goes, in points from its place, and whether that is too far to see whose text it is.
 
     A text lies on no other text, on no point and, where that is possible, on no line and near no other's point.
     """
-    taken = [_Box.around(x, y, 4, 4) for x, y in places]
+    import numpy
+
+    barriers = numpy.array(lines or [(0.0, 0.0, 0.0, 0.0)])
+    taken = numpy.array([_Box.around(x, y, 4, 4) for x, y in places])
+    points = numpy.array(places)
+
+    def shared(box: _Box, boxes: numpy.ndarray) -> float:
+        wide = numpy.minimum(box.right, boxes[:, 2]) - numpy.maximum(box.left, boxes[:, 0])
+        high = numpy.minimum(box.high, boxes[:, 3]) - numpy.maximum(box.low, boxes[:, 1])
+        return float((wide.clip(0) * high.clip(0)).sum())
+
     shifts: dict[int, tuple[float, float, bool]] = {}
-    for index in sorted(range(len(places)), key=lambda index: -places[index][1]):
+    for index in sorted(texts, key=lambda index: -places[index][1]):
         x, y = places[index]
         half_width, half_height = 2.3 * len(texts[index]), 4.0
-        others = [place for number, place in enumerate(places) if number != index]
+        others = numpy.delete(points, index, axis=0)
         best, box_of_best, least = (0.0, 0.0, False), room, math.inf
         for ring in range(14):
             for step in range(16):
@@ -343,12 +377,15 @@ def _apart(places: list[_Place], texts: list[str], lines: list[_Box], room: _Box
                 dy = (half_height + 5 + 4 * ring) * math.sin(angle)
                 box = _Box.around(x + dx, y + dy, half_width, half_height)
                 penalty = 4 * (4 * half_width * half_height - box.shared(room)) + 3 * ring
-                penalty += 2 * sum(map(box.shared, taken)) + sum(map(box.shared, lines)) / 3
+                if penalty >= least - 0.01:
+                    continue
+                penalty += 2 * shared(box, taken) + shared(box, barriers) / 3
                 if ring == 0:  # without a line to its point, it must be the nearest
                     own = 1.2 * math.hypot(dx, dy)
-                    penalty += 40 * any(math.dist((x + dx, y + dy), other) < own for other in others)
+                    away = numpy.hypot(others[:, 0] - x - dx, others[:, 1] - y - dy)
+                    penalty += 40 * bool((away < own).any())
                 if penalty < least - 0.01:
                     best, box_of_best, least = (dx, dy, ring > 0), box, penalty
         shifts[index] = best
-        taken.append(box_of_best)
-    return [shifts[index] for index in range(len(places))]
+        taken = numpy.vstack([taken, box_of_best])
+    return shifts

@@ -14,7 +14,7 @@ from slm_pl.report import protocols, tables, webpage
 from slm_pl.report.charts import comparison_bars
 from slm_pl.report.comparison import Comparison, line_up
 from slm_pl.report.efficiency_charts import efficiency_plot
-from slm_pl.report.pareto import pareto_plot
+from slm_pl.report.pareto import MOST_NAMED, pareto_plot
 from slm_pl.report.tables import Entry
 
 BARS, PARETO, EFFICIENCY = "comparison.png", "pareto.png", "comparison_efficiency.png"
@@ -36,10 +36,12 @@ def compare(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
     comparison = line_up(paths, output_dir)
     directory = comparison.output_dir
     measured = zip(comparison.labels, comparison.records, strict=True)
+    few = len(comparison.labels) <= MOST_NAMED
+    grids = [(label, record.efficiency) for label, record in measured]
     drawn = {
         PARETO: ("Quality against cost", pareto_plot(comparison)),
-        BARS: ("The same figures as bars", comparison_bars(comparison)),
-        EFFICIENCY: ("Speed and memory", efficiency_plot([(label, record.efficiency) for label, record in measured])),
+        BARS: ("The same figures as bars", comparison_bars(comparison) if few else None),
+        EFFICIENCY: ("Speed and memory", efficiency_plot(grids) if few else None),
     }
     pictures = {name: (shown, png) for name, (shown, png) in drawn.items() if png is not None}
     for name in drawn.keys() - pictures.keys():
@@ -105,6 +107,8 @@ def _print(comparison: Comparison, written: list[str]) -> None:
         console.print(Text(f"Warning: {warning}", style="yellow"))
     for sentence in tables.legend(comparison):
         console.print(Text(sentence, style="dim"))
+    if len(comparison.labels) > MOST_NAMED:
+        console.print(Text(f"No bars are drawn of more than {MOST_NAMED} models.", style="dim"))
     console.print(Text(f"Written: {comparison.output_dir}/{', '.join(written)}"), soft_wrap=True)
     if comparison.export is not None:
         console.print(Text(f"\nThe compressed model: {comparison.export}\nLoad it with"), soft_wrap=True)

@@ -126,6 +126,7 @@ def rows_memory(place: Path, number: int, suffix: str) -> tuple[float, float, in
         receive, send = CONTEXT.Pipe(duplex=False)
         process = CONTEXT.Process(target=_read_rows, args=(model, str(path), str(place / "cache"), send))
         process.start()
+        send.close()  # else a process that fails would be waited for
         found.append((path.stat().st_size / MB, *receive.recv()))
         process.join()
     (_, base, _), (size, peak, learnt) = found

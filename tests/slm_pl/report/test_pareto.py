@@ -115,16 +115,43 @@ def test_ruined_models_stand_at_the_edge_and_labels_may_be_anything(tmp_path):
 def test_numbers_lie_on_nothing():
     places = [(50.0, 50.0), (52.0, 51.0), (50.0, 53.0), (150.0, 100.0), (199.0, 199.0)]
     room = _Box(0, 0, 200, 200)
-    shifts = _apart(places, ["1", "2", "3", "17", "5 (3.0e9)"], [], room)
+    shifts = _apart(places, dict(enumerate(["1", "2", "3", "17", "5 (3.0e9)"])), [], room)
     boxes = [
         _Box.around(x + dx, y + dy, 2.3 * length, 4)
-        for (x, y), (dx, dy, _), length in zip(places, shifts, (1, 1, 1, 2, 9), strict=True)
+        for (x, y), (dx, dy, _), length in zip(
+            places, (shifts[index] for index in range(5)), (1, 1, 1, 2, 9), strict=True
+        )
     ]
     points = [_Box.around(x, y, 4, 4) for x, y in places]
     for number, box in enumerate(boxes):
         assert all(box.shared(other) == 0 for other in [*boxes[:number], *boxes[number + 1 :], *points])
         assert box.shared(room) == pytest.approx((box.right - box.left) * (box.high - box.low))
-    assert [far for _, _, far in shifts][3] is False
+    assert shifts[3][2] is False
+
+
+def test_of_many_models_the_first_and_the_best_are_named(tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr("slm_pl.report.pareto._add_legend", lambda *arguments: named.append(arguments[1:]))
+    # Perplexity grows with the number, and so does the time: but for the last ones, which are best in time.
+    figures = {f"m{n:03}": (20.0 + n, 0.6 - n / 1000, 3.0 + (n if n < 90 else (89 - n) / 4), 80) for n in range(100)}
+    comparison = line_up(save(tmp_path, **_records(**figures)))
+    assert pareto_plot(comparison)
+    ((labels, _, _, unnamed),) = named
+    best = {point.model for panels in panels_of(comparison) for panel in panels for point in panel.frontier}
+    assert set(range(91, 101)) < best < set(range(101))
+    assert set(labels) == best | {0}
+    assert unnamed == 101 - len(labels) > 80
+    assert labels[100].startswith("101  m099")
+
+
+def test_of_many_models_no_bars_are_drawn(tmp_path, capsys):
+    figures = {f"m{n}": (20.0 + n, 0.6, 5.0 - n / 100, 80) for n in range(41)}
+    compare(save(tmp_path, **_records(**figures)), str(tmp_path / "made"))
+    assert "No bars are drawn of more than 40 models." in capsys.readouterr().out
+    made = {path.name for path in (tmp_path / "made").iterdir()}
+    assert "pareto.png" in made
+    assert not {"comparison.png", "comparison_efficiency.png"} & made
+    assert (tmp_path / "made" / "comparison.html").read_text().count("data:image/png") == 1
 
 
 def test_only_latency_of_generation_is_tokens_per_second(tmp_path, monkeypatch):
