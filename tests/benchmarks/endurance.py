@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy
@@ -136,7 +137,7 @@ def rows_memory(place: Path, number: int, suffix: str) -> tuple[float, float, in
 def _read_rows(model: str, path: str, cache: str, send) -> None:
     os.environ["SLM_PL_CACHE"] = cache
     data = AlpacaDataModule(path, val_size=2, batch_size=2, cutoff=256)
-    data.tokenizer = load_tokenizer(resolve(model))
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=load_tokenizer(resolve(model))))
     examples = data.load_examples()
     learnt = len(examples.train)
     send.send((_status("VmHWM"), learnt))
