@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.disk import FAILURES, can_mount, fail_at, fill, size
+from tests.faults.disk import FAILURES, can_mount, fail_at, fill, said_once, size
 from tests.faults.kill import kill_once, outcome, stages, whole
-from tests.faults.processes import fit_config, write, write_inputs
+from tests.faults.processes import AtFileEvent, Vanish, finish, fit_config, jumping_clock, write, write_inputs
 
 
 @pytest.mark.long
@@ -84,3 +85,50 @@ def test_a_disk_that_fails_loses_nothing(name, tmp_path):
         fail_at(stage, generator.randint(stage.events // 4, stage.events // 2), failure, tmp_path)
     if can_mount():
         assert "No space left" in fill(stage, size(stage.run) // 2, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    place = tmp_path_factory.mktemp("fitted")
+    (stage,) = stages(place, ["fit"])
+    return place, stage
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.7])
+def test_a_data_file_that_vanishes_is_not_missed_or_is_named(part, fitted, tmp_path):
+    place, stage = fitted
+    rows, kept = place / "inputs" / "rows.jsonl", tmp_path / "rows.jsonl"
+    shutil.copy(rows, kept)
+    shutil.rmtree(stage.run)
+    log = tmp_path / "log.txt"
+    code = finish(stage.arguments, log, Vanish(str(rows), str(stage.run), int(part * stage.events)))
+    assert not rows.exists()
+    if code:
+        assert str(rows) in said_once(log)
+        shutil.copy(kept, rows)
+        assert finish(stage.arguments, log) == 0
+    shutil.copy(kept, rows)
+    assert outcome(stage.run) == stage.outcome
+
+
+@pytest.mark.long
+def test_a_clock_that_jumps_changes_nothing(fitted, tmp_path):
+    _, stage = fitted
+    shutil.rmtree(stage.run)
+    assert finish(stage.arguments, tmp_path / "log.txt", jumping_clock) == 0
+    assert outcome(stage.run) == stage.outcome
+
+
+@pytest.mark.long
+def test_a_clock_that_was_put_back_repeats_steps_and_changes_nothing(fitted, tmp_path):
+    _, stage = fitted
+    shutil.rmtree(stage.run)
+    at = AtFileEvent(str(stage.run), stage.events // 2, str(tmp_path / "events.txt"))
+    assert finish(stage.arguments, tmp_path / "log.txt", at) == -signal.SIGKILL
+    checkpoints = sorted((stage.run / "checkpoints").glob("[!.]*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(checkpoints) > 1
+    for hours, path in enumerate(reversed(checkpoints)):  # the oldest seems to be the newest
+        os.utime(path, (1e9 + 3600 * hours, 1e9 + 3600 * hours))
+    assert finish(stage.arguments, tmp_path / "log.txt") == 0
+    assert outcome(stage.run) == stage.outcome

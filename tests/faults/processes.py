@@ -1,10 +1,12 @@
 """Commands as real processes that end where a fault says; for the scripts and tests of this folder."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,3 +200,40 @@ def write_inputs(directory: Path) -> tuple[str, str]:
     lines = [json.dumps({"instruction": f"Say {n}", "output": f"number {n} " * (n % 5 + 1)}) for n in range(28)]
     rows.write_text("\n".join(lines))
     return str(model), str(rows)
+
+
+@dataclass
+class Vanish:
+    """Removes an input file when a command has changed files of its run so many times.
+
+    Args:
+        path: The file.
+        below: The run directory.
+        number: After how many changes.
+    """
+
+    path: str
+    below: str
+    number: int
+
+    def __call__(self) -> None:
+        seen = 0
+
+        def watch(event: str, arguments: tuple) -> None:
+            nonlocal seen
+            if event not in _CHANGES or not arguments or not isinstance(arguments[0], str | os.PathLike):
+                return
+            if os.path.abspath(os.fspath(arguments[0])).startswith(self.below):
+                seen += 1
+                if seen == self.number:
+                    os.unlink(self.path)
+
+        sys.addaudithook(watch)
+
+
+def jumping_clock() -> None:
+    """The time of day goes an hour back and a day on, again and again, while a command runs."""
+    true, calls = time.time, itertools.count()
+    time.time = lambda: true() + (-3600, 86400, 0)[next(calls) % 3]
+    true_ns = time.time_ns
+    time.time_ns = lambda: true_ns() + (-3600, 86400, 0)[next(calls) % 3] * 10**9
