@@ -355,7 +355,7 @@ def _apart(
     """
     import numpy
 
-    barriers = numpy.array(lines or [(0.0, 0.0, 0.0, 0.0)])
+    barriers = numpy.array(lines or [_Box(0.0, 0.0, 0.0, 0.0)])
     taken = numpy.array([_Box.around(x, y, 4, 4) for x, y in places])
     points = numpy.array(places)
 
