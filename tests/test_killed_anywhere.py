@@ -77,10 +77,9 @@ def _wait(happened: Callable[[], bool], log: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["prune", "test"])
-def test_a_disk_that_fails_loses_nothing(name, tmp_path):
+def test_a_disk_that_fails_loses_nothing(tmp_path):
     generator = random.Random(3)
-    stage = stages(tmp_path, ["prune", "test"])[["prune", "test"].index(name)]
+    (stage,) = stages(tmp_path, ["prune"])
     for failure in FAILURES.values():
         fail_at(stage, generator.randint(stage.events // 4, stage.events // 2), failure, tmp_path)
     if can_mount():
@@ -95,7 +94,7 @@ def fitted(tmp_path_factory):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("part", [0.02, 0.3, 0.7])
+@pytest.mark.parametrize("part", [0.3])
 def test_a_data_file_that_vanishes_is_not_missed_or_is_named(part, fitted, tmp_path):
     place, stage = fitted
     rows, kept = place / "inputs" / "rows.jsonl", tmp_path / "rows.jsonl"
