@@ -101,7 +101,8 @@ def test_a_data_file_that_vanishes_is_not_missed_or_is_named(part, fitted, tmp_p
     shutil.copy(rows, kept)
     shutil.rmtree(stage.run)
     log = tmp_path / "log.txt"
-    code = finish(stage.arguments, log, Vanish(str(rows), str(stage.run), int(part * stage.events)))
+    events = str(tmp_path / "events.txt")
+    code = finish(stage.arguments, log, Vanish(str(stage.run), int(part * stage.events), events, str(rows)))
     assert not rows.exists()
     if code:
         assert str(rows) in said_once(log)

@@ -1,5 +1,6 @@
 """What each model pays for its quality: a grid of quality against time, size and memory."""
 
+import functools
 import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Panel:
     cost: Row
     points: list[Point]
 
-    @property
+    @functools.cached_property
     def frontier(self) -> list[Point]:
         """The models that no other one is better than in both, from cheap to dear."""
         sign = -1 if self.quality.quantity in MORE_IS_BETTER else 1

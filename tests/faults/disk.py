@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.faults.kill import Stage, outcome, stages, whole
-from tests.faults.processes import AtFileEvent, finish
+from tests.faults.processes import DiskFails, finish
 
 FAILURES = {"full": errno.ENOSPC, "read-only": errno.EROFS}
 
@@ -34,7 +34,7 @@ def said_once(log: Path) -> str:
     return messages[0]
 
 
-def _ends_or_is_told(stage: Stage, log: Path, fault: AtFileEvent | None = None) -> str:
+def _ends_or_is_told(stage: Stage, log: Path, fault: DiskFails | None = None) -> str:
     log.unlink(missing_ok=True)
     code = finish(stage.arguments, log, fault)
     assert code in (0, 1), log.read_text()[-4000:]
@@ -55,9 +55,8 @@ def _goes_on(stage: Stage, log: Path) -> None:
 def fail_at(stage: Stage, number: int, failure: int, place: Path) -> str:
     """Lets the disk fail from the ``number``-th change of a file on; what the command said."""
     shutil.rmtree(stage.run, ignore_errors=True)
-    said = _ends_or_is_told(
-        stage, place / "log.txt", AtFileEvent(str(stage.run), number, str(place / "events.txt"), failure)
-    )
+    fault = DiskFails(str(stage.run), number, str(place / "events.txt"), failure)
+    said = _ends_or_is_told(stage, place / "log.txt", fault)
     _goes_on(stage, place / "again.txt")
     return said
 

@@ -41,13 +41,11 @@ class AtFileEvent:
         below: The directory.
         number: Which change.
         log: Where every change is noted, one in a line.
-        failure: Instead of a kill, the disk says this from then on (an ``errno``), but still removes files.
     """
 
     below: str
     number: int
     log: str
-    failure: int | None = None
 
     def __call__(self) -> None:
         seen = 0
@@ -64,12 +62,38 @@ class AtFileEvent:
                 return
             seen += 1
             log.write(f"{event} {os.path.relpath(os.fspath(path), self.below)}\n")
-            if self.failure is not None and 0 < self.number <= seen and event not in _REMOVALS:
-                raise OSError(self.failure, os.strerror(self.failure), os.fspath(path))
-            if self.failure is None and seen == self.number:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if 0 < self.number <= seen:
+                self.happen(seen, event, os.fspath(path))
 
         sys.addaudithook(watch)
+
+    def happen(self, seen: int, event: str, path: str) -> None:
+        """Called in front of this change and of all after it."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class DiskFails(AtFileEvent):
+    """From the ``number``-th change on, the disk says ``failure`` (an ``errno``); it still removes files."""
+
+    failure: int = 0
+
+    def happen(self, seen: int, event: str, path: str) -> None:
+        """Refuses the change."""
+        if event not in _REMOVALS:
+            raise OSError(self.failure, os.strerror(self.failure), path)
+
+
+@dataclass
+class Vanish(AtFileEvent):
+    """At the ``number``-th change, another file, ``path``, is removed."""
+
+    path: str = ""
+
+    def happen(self, seen: int, event: str, path: str) -> None:
+        """Removes it once."""
+        if seen == self.number:
+            os.unlink(self.path)
 
 
 def _writes(arguments: tuple) -> bool:
@@ -200,35 +224,6 @@ def write_inputs(directory: Path) -> tuple[str, str]:
     lines = [json.dumps({"instruction": f"Say {n}", "output": f"number {n} " * (n % 5 + 1)}) for n in range(28)]
     rows.write_text("\n".join(lines))
     return str(model), str(rows)
-
-
-@dataclass
-class Vanish:
-    """Removes an input file when a command has changed files of its run so many times.
-
-    Args:
-        path: The file.
-        below: The run directory.
-        number: After how many changes.
-    """
-
-    path: str
-    below: str
-    number: int
-
-    def __call__(self) -> None:
-        seen = 0
-
-        def watch(event: str, arguments: tuple) -> None:
-            nonlocal seen
-            if event not in _CHANGES or not arguments or not isinstance(arguments[0], str | os.PathLike):
-                return
-            if os.path.abspath(os.fspath(arguments[0])).startswith(self.below):
-                seen += 1
-                if seen == self.number:
-                    os.unlink(self.path)
-
-        sys.addaudithook(watch)
 
 
 def jumping_clock() -> None:
