@@ -59,6 +59,29 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
+@contextlib.contextmanager
+def scratch(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary file beside ``path``, to fill and to read for as long as the block lasts.
+
+    Raises:
+        UsageError: If the directory cannot be made or written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_prefix(path), delete=False) as file:
+            temporary = Path(file.name)
+        yield temporary
+    except OSError as error:
+        raise UsageError(_unwritable(path.parent, error)) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
 def make_directory(path: str | os.PathLike[str]) -> None:
     """Makes a directory and those above it.
 

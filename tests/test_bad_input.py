@@ -19,7 +19,7 @@ from slm_pl.compression import surgery
 from slm_pl.compression.feasibility import check
 from slm_pl.compression.plan import Base, Calibration, DropLayers, KeepChannels, MergeLayers, Method, Plan, RefitOutput
 from slm_pl.data import AlpacaDataModule, CalibrationSet, CalibrationText, load_calibration
-from slm_pl.data.alpaca import _read_rows
+from slm_pl.data.rows import read_rows
 from slm_pl.errors import UsageError
 from slm_pl.export import save_compressed
 from slm_pl.loading import load_model, load_tokenizer, resolve
@@ -162,7 +162,7 @@ def read_ids(path: Path) -> object:
 
 
 def read_alpaca(path: Path) -> object:
-    return refused_or_read(lambda: _read_rows(str(path)))
+    return refused_or_read(lambda: list(read_rows(str(path))))
 
 
 def read_prompts(path: Path) -> object:

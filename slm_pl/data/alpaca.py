@@ -1,30 +1,22 @@
 """Instructions for recovery training."""
 
 import random
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from slm_pl.data.batching import Batching
 from slm_pl.data.corpora import CalibrationText
-from slm_pl.data.embedded import docstring_rows
 from slm_pl.data.prompts import Prompt, PromptStyle, encode, render
-from slm_pl.data.readers import file_suffix, load_hub, read_json, read_jsonl, read_parquet
+from slm_pl.data.readers import read_jsonl
+from slm_pl.data.rows import rows_on_disk, text_field
 from slm_pl.data.tokenised import fingerprint, tokenised
 from slm_pl.data.training import Examples, TrainingData, check_ranges, split
 from slm_pl.errors import UsageError
 
-_SUFFIXES = (".json", ".jsonl", ".parquet")
-
-
-class Row(TypedDict):
-    """One row of Alpaca."""
-
-    instruction: str
-    input: str
-    output: str
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class AlpacaDataModule(TrainingData):
@@ -117,23 +109,28 @@ class AlpacaDataModule(TrainingData):
 
     def load_examples(self) -> Examples:
         """Reads the rows, leaves out what cannot be learnt from, and says how many that were."""
-        rows = _read_rows(self.path)
-        found = len(rows)
-        random.Random(self.seed).shuffle(rows)
-        rows = rows[: self.max_rows]
-        filled = [row for row in rows if row["output"].strip()]
-        tokenizer = self.tokenizer
-        if tokenizer.eos_token_id is None:
+        if self.tokenizer.eos_token_id is None:
             raise UsageError(
                 "This model's tokenizer has no EOS token, which ends every response. Choose another model."
             )
+        with rows_on_disk(self.path) as rows:
+            return self._examples_of(rows)
 
-        def encode_rows(columns: dict[str, list[object]]) -> dict[str, list[object]]:
+    def _examples_of(self, rows: "Dataset") -> Examples:
+        tokenizer = self.tokenizer
+        order = list(range(len(rows)))
+        random.Random(self.seed).shuffle(order)
+        order = order[: self.max_rows]
+        outputs = rows.select(order).select_columns("output").iter(batch_size=1000)
+        empty = [not output.strip() for some in outputs for output in some["output"]]
+        filled = rows.select([number for number, none in zip(order, empty, strict=True) if not none])
+
+        def encode_rows(columns: dict[str, list[object]], numbers: list[int]) -> dict[str, list[object]]:
             texts = list(zip(columns["instruction"], columns["input"], columns["output"], strict=True))
             prompts = [render(self.prompt, tokenizer, str(text), str(more)) for text, more, _ in texts]
             wholes = [render(self.prompt, tokenizer, str(text), str(more), str(out)) for text, more, out in texts]
             made: dict[str, list[object]] = {name: [] for name in ("row", "input_ids", "labels", "length", "counted")}
-            for row, example in zip(columns["row"], encode(tokenizer, prompts, wholes, self.cutoff), strict=True):
+            for row, example in zip(numbers, encode(tokenizer, prompts, wholes, self.cutoff), strict=True):
                 if example is not None:
                     ids, labels = example
                     counted = sum(label >= 0 for label in labels[1:])
@@ -142,17 +139,20 @@ class AlpacaDataModule(TrainingData):
             return made
 
         settings = {"prompt": self.prompt, "cutoff": self.cutoff}
-        key = fingerprint(tokenizer, settings, [list(row.values()) for row in filled])
-        kept = tokenised([{"row": number, **row} for number, row in enumerate(filled)], encode_rows, key)
-        what = f"rows ({found} read, max_rows is {self.max_rows})"
+        together = (zip(*some.values(), strict=True) for some in filled.iter(batch_size=1000))
+        key = fingerprint(tokenizer, settings, (row for some in together for row in some))
+        kept = tokenised(filled, encode_rows, key)
+        what = f"rows ({len(rows)} read, max_rows is {self.max_rows})"
         train, val = split(kept, self.val_size, self.path, what, ", raise data.max_rows" if self.max_rows else "")
-        whole = sum(ids[-1] == tokenizer.eos_token_id for ids in kept["input_ids"])
+        columns = kept.select_columns("input_ids").iter(batch_size=1000)
+        whole = sum(ids[-1] == tokenizer.eos_token_id for some in columns for ids in some["input_ids"])
         rank_zero_info(
             f"{self.path}: {len(train)} rows for training, {len(val)} for validation; "
-            f"left out: {len(rows) - len(filled)} with an empty output, {len(filled) - len(kept)} whose prompt alone "
+            f"left out: {sum(empty)} with an empty output, {len(filled) - len(kept)} whose prompt alone "
             f"fills the cutoff of {self.cutoff} tokens; {len(kept) - whole} are cut off"
         )
-        prompts = [self._as_prompt(filled[row]["instruction"], filled[row]["input"]) for row in val["row"]]
+        of_val = filled.select(list(val["row"]))
+        prompts = [self._as_prompt(row["instruction"], row["input"]) for row in of_val]
         return Examples(train, val, prompts, key, self.cutoff)
 
     def _as_prompt(self, instruction: str, input_text: str) -> Prompt:
@@ -167,7 +167,7 @@ class AlpacaDataModule(TrainingData):
             )
         if path.suffix.lower() == ".jsonl":
             return [
-                self._as_prompt(_field(place, row, "instruction"), _field(place, row, "input", optional=True))
+                self._as_prompt(text_field(place, row, "instruction"), text_field(place, row, "input", optional=True))
                 for place, row in read_jsonl(path)
             ]
         try:
@@ -175,49 +175,3 @@ class AlpacaDataModule(TrainingData):
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} cannot be read as UTF-8 text: {error}.") from error
         return [{"prompt": line, "instruction": "", "input": ""} for line in lines if line.strip()]
-
-
-def _read_rows(path: str) -> list[Row]:
-    if path == "embedded":
-        return [
-            {"instruction": row["instruction"], "input": row["input"], "output": row["output"]}
-            for row in docstring_rows("train")
-        ]
-    suffix = file_suffix(path, _SUFFIXES)
-    placed: Iterable[tuple[str, object]]
-    if suffix == ".jsonl":
-        placed = read_jsonl(Path(path))
-    elif suffix == ".json":
-        content = read_json(Path(path))
-        if not isinstance(content, list):
-            raise UsageError(
-                f"{path}: a JSON {type(content).__name__}; allowed is a list of objects (Alpaca's format)."
-            )
-        placed = ((f"{path}, item {number}", item) for number, item in enumerate(content, 1))
-    else:
-        table = read_parquet(Path(path)) if suffix == ".parquet" else load_hub(path, None, "train")
-        placed = ((f"{path}, row {number}", row) for number, row in enumerate(table, 1))
-    return [
-        {
-            "instruction": _field(place, row, "instruction"),
-            "input": _field(place, row, "input", optional=True),
-            "output": _field(place, row, "output"),
-        }
-        for place, row in placed
-    ]
-
-
-def _field(place: str, row: object, column: str, *, optional: bool = False) -> str:
-    """One text column of a row; an absent or null optional one is "", a null output too (such rows are left out)."""
-    if not isinstance(row, dict):
-        raise UsageError(f"{place}: a JSON {type(row).__name__}; each row must be an object with named columns.")
-    value = row.get(column)
-    if value is None and (optional or (column == "output" and column in row)):
-        return ""
-    if not isinstance(value, str):
-        found = ", ".join(map(repr, row)) or "none"
-        raise UsageError(
-            f"{place}: no text in column {column!r}; columns found: {found}. Needed are 'instruction' and 'output', "
-            "and optionally 'input', each a string: rename the columns."
-        )
-    return value

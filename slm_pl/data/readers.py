@@ -56,7 +56,11 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+        raise UsageError(_not_text(path, error)) from error
+
+
+def _not_text(path: Path, error: Exception) -> str:
+    return f"{path} cannot be read as UTF-8 text: {error}."
 
 
 def read_json(path: Path) -> object:
@@ -73,18 +77,43 @@ def read_json(path: Path) -> object:
         ) from error
 
 
-def read_jsonl(path: Path) -> list[tuple[str, dict[str, object]]]:
-    """Parse a file with one JSON object a line; empty lines are skipped.
+def read_json_list(path: Path) -> Iterator[object]:
+    """Parse a JSON file that holds one list, element by element.
 
-    Returns:
+    Raises:
+        UsageError: It is not JSON, the message names the line; or it holds something else.
+    """
+    import ijson
+
+    given = 0
+    try:
+        with path.open("rb") as file:
+            if not file.read(4096).lstrip().startswith(b"["):
+                raise ijson.JSONError
+            file.seek(0)
+            for item in ijson.items(file, "item", use_float=True):
+                yield item
+                given += 1
+    except (OSError, ijson.JSONError):
+        # In full: for a message with a line, and for what only Python's reader takes for JSON.
+        content = read_json(path)
+        if not isinstance(content, list):
+            raise UsageError(
+                f"{path}: a JSON {type(content).__name__}; allowed is a list of objects (Alpaca's format)."
+            ) from None
+        yield from content[given:]
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Parse a file with one JSON object a line, line by line; empty lines are skipped.
+
+    Yields:
         Pairs of the place ("file, line 3", for messages) and the object.
 
     Raises:
         UsageError: A line is not a JSON object.
     """
-    rows: list[tuple[str, dict[str, object]]] = []
-    # not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(_read_lines(path), 1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -94,8 +123,16 @@ def read_jsonl(path: Path) -> list[tuple[str, dict[str, object]]]:
             raise UsageError(f"{place}: not valid JSON ({error.msg}); each line must be one JSON object.") from error
         if not isinstance(row, dict):
             raise UsageError(f"{place}: a JSON {type(row).__name__}; each line must be one JSON object.")
-        rows.append((place, row))
-    return rows
+        yield place, row
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from file
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(_not_text(path, error)) from error
 
 
 def read_parquet(path: Path) -> "Dataset":
@@ -110,7 +147,27 @@ def read_parquet(path: Path) -> "Dataset":
     try:
         return Dataset(pyarrow.parquet.read_table(path))
     except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"{path} cannot be read as a parquet file: {error}") from error
+        raise UsageError(_not_parquet(path, error)) from error
+
+
+def read_parquet_rows(path: Path) -> Iterator[dict[str, object]]:
+    """The rows of a parquet file, a batch in memory at a time.
+
+    Raises:
+        UsageError: It is not a parquet file.
+    """
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1000):
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(_not_parquet(path, error)) from error
+
+
+def _not_parquet(path: Path, error: Exception) -> str:
+    return f"{path} cannot be read as a parquet file: {error}"
 
 
 def load_hub(

@@ -94,7 +94,7 @@ class TextDataModule(TrainingData):
         texts = [documents[i] for i in range(min(len(documents), self.max_documents or len(documents)))]
         read, texts = len(texts), [text for text in texts if text.strip()]
 
-        def windows(columns: dict[str, list[object]]) -> dict[str, list[object]]:
+        def windows(columns: dict[str, list[object]], numbers: list[int]) -> dict[str, list[object]]:
             ids: list[int] = []
             for found in tokenizer(cast("list[str]", columns["text"]), verbose=False)["input_ids"]:
                 ids += [*found, tokenizer.eos_token_id]
@@ -107,8 +107,10 @@ class TextDataModule(TrainingData):
                 "counted": [length - 1] * count,
             }
 
+        from datasets import Dataset
+
         key = fingerprint(tokenizer, {"sequence_length": length, "documents": DOCUMENTS}, texts)
-        made = tokenised([{"text": text} for text in texts], windows, key, DOCUMENTS)
+        made = tokenised(Dataset.from_dict({"text": texts}), windows, key, DOCUMENTS)
         train, val = split(made, self.val_size, self.source, f"windows of {length} tokens")
         rank_zero_info(
             f"{self.source}: {len(texts):,} documents, {len(train):,} windows of {length} tokens for training, "

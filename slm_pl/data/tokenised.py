@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from slm_pl import files
@@ -15,7 +15,7 @@ FORMAT = 1
 """Version of what the cached columns mean."""
 
 
-def fingerprint(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, object], texts: Sequence[object]) -> str:
+def fingerprint(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, object], texts: Iterable[object]) -> str:
     """Sha256 of everything that decides the token ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     known = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -29,16 +29,16 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, obj
 
 
 def tokenised(
-    texts: Sequence[Mapping[str, object]],
-    function: Callable[[dict[str, list[object]]], Mapping[str, Sequence[object]]],
+    rows: "Dataset",
+    function: Callable[[dict[str, list[object]], list[int]], Mapping[str, Sequence[object]]],
     key: str,
     batch_size: int = 1000,
 ) -> "Dataset":
     """Runs ``function`` over rows in batches and keeps what it returns in Arrow's format in the cache directory.
 
     Args:
-        texts: The rows; not kept.
-        function: Takes columns, returns columns, of any length.
+        rows: The texts; not kept.
+        function: Takes columns and the numbers of their rows, returns columns, of any length.
         key: Their :func:`fingerprint`; an entry of that name is used again.
         batch_size: Rows that ``function`` gets at once.
     """
@@ -52,9 +52,9 @@ def tokenised(
         except (OSError, ArrowException):  # a disk that was full
             path.unlink()
     files.make_directory(path.parent)
-    rows = Dataset.from_list([dict(row) for row in texts])
     return rows.map(
         function,
+        with_indices=True,
         batched=True,
         batch_size=batch_size,
         remove_columns=rows.column_names,
