@@ -5,8 +5,8 @@
   after the garbage was collected) is a straight line fitted to the second half: what it grows in a thousand steps or in
   a hundred evaluations.
 * *Comparison*: ``compare`` of a thousand ``results.json``, in seconds.
-* *Rows*: the most anonymous memory (without what is mapped from files) of a process that reads and tokenises Alpaca files
-  of 10,000 and of 100,000 rows, looked at every five milliseconds, above that of one that reads ten.
+* *Rows*: the most anonymous memory (without what is mapped from files) of a process that reads and tokenises Alpaca
+  files of 10,000 and of 100,000 rows, looked at every five milliseconds, above that of one that reads ten.
 """
 
 import argparse
