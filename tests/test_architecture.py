@@ -24,6 +24,7 @@ LEVELS = {
     "slm_pl.estimate": 3,
     "slm_pl.module": 4,
     "slm_pl.trainer": 4,
+    "slm_pl.lifeline": 0,
     "slm_pl.sweep": 4,
     "slm_pl.cli": 5,
     "slm_pl.__main__": 5,

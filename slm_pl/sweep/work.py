@@ -16,6 +16,7 @@ import yaml
 import slm_pl
 from slm_pl import files
 from slm_pl.errors import UsageError
+from slm_pl.lifeline import lifeline
 from slm_pl.results import Results
 from slm_pl.sweep.cells import Cell, Step
 from slm_pl.sweep.record import Record, begun_steps, results_of, steps_to_do, was_begun
@@ -116,7 +117,7 @@ def _run_step(cell: Cell, step: Step, run: Runner) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessRunner:
-    """Runs the command line as a process of its own, which ends with this one.
+    """Runs the command line as a process of its own, which ends with this one, even with a killed one.
 
     Args:
         program: The command in front of the subcommand.
@@ -127,7 +128,7 @@ class ProcessRunner:
     def __call__(self, arguments: Sequence[str], log: Path) -> int:
         """Waits for the process; an interrupt, or a request to end, is passed on to it."""
         command = [*self.program, *arguments]
-        with log.open("ab") as out:
+        with log.open("ab") as out, lifeline() as tie:
             out.write(f"$ {' '.join(arguments)}\n".encode())
             out.flush()
             process = None
@@ -139,7 +140,8 @@ class ProcessRunner:
                         stdin=subprocess.DEVNULL,
                         stdout=out,
                         stderr=subprocess.STDOUT,
-                        env=_environment(),
+                        env=_environment() | tie.environment,
+                        pass_fds=[tie.descriptor],
                         start_new_session=True,
                     )
                 status = process.wait()

@@ -37,6 +37,7 @@ from tests.faults.processes import (
     measure_config,
     prune_config,
     start,
+    sweep_config,
     write,
     write_inputs,
 )
@@ -98,8 +99,8 @@ def outcome(run: Path) -> dict[str, object]:
         elif path.name == "results.json":
             record = Results.load(path)
             found[name] = [record.perplexity, record.drift, record.zero_shot, len(record.efficiency), record.model]
-        elif path.name.startswith("comparison") and path.suffix in (".md", ".csv"):
-            found[name] = path.read_text()
+        elif path.name == "comparison.csv" or (path.name == "comparison.md" and not any(run.rglob("results.json"))):
+            found[name] = path.read_text()  # that of a sweep tells when its cells were measured
     return found
 
 
@@ -161,16 +162,17 @@ def kill_once(stage: Stage, number: int, generator: random.Random, place: Path) 
     return doing
 
 
-def stages(place: Path, names: Sequence[str] = ("fit", "prune", "test", "compare")) -> list[Stage]:
+def stages(place: Path, names: Sequence[str] = ("fit", "prune", "test", "compare", "sweep")) -> list[Stage]:
     """The commands of these names, in this order, each run once and left alone; each needs those before it."""
     model, rows = write_inputs(place / "inputs")
     found = [
-        Stage("fit", [], place / "runs" / "fit", 0.5),
+        Stage("fit", [], place / "runs" / "fit", 0.45),
         Stage("prune", [], place / "runs" / "prune", 0.15),
-        Stage("test", [], place / "runs" / "test", 0.25),
+        Stage("test", [], place / "runs" / "test", 0.2),
         Stage("compare", [], place / "runs" / "compare", 0.1),
+        Stage("sweep", [], place / "runs" / "sweep", 0.1),
     ]
-    fit, prune, measure, compare = found
+    fit, prune, measure, compare, swept = found
     fit.arguments = [
         "fit",
         "--config",
@@ -184,6 +186,7 @@ def stages(place: Path, names: Sequence[str] = ("fit", "prune", "test", "compare
     measure.arguments = ["test", "--config", write(measure_config(str(exported), measure.run), place / "test.yaml")]
     records = [place / "records" / name / "results.json" for name in ("a", "b")]
     compare.arguments = ["compare", *map(str, records), "--output_dir", str(compare.run)]
+    swept.arguments = ["sweep", "--config", write(sweep_config(model, swept.run), place / "sweep.yaml")]
     log = place / "log.txt"
     finish(["compare", "--help"], log)  # the first process waits for what is loaded before
     found = [stage for stage in found if stage.name in names]

@@ -195,6 +195,23 @@ def measure_config(model: str, run: Path) -> dict:
     return {"model": {"pretrained": model}, "trainer": {**_quiet(run), "callbacks": hooks}}
 
 
+def sweep_config(model: str, run: Path) -> dict:
+    """One method at one size and the dense model, compressed, measured and compared by processes of their own."""
+    trainer = _quiet(run)
+    del trainer["default_root_dir"]
+    return {
+        "output_dir": str(run),
+        "model": {"pretrained": model},
+        "data": {"class_path": "slm_pl.data.AlpacaDataModule", "init_args": {"calibration": {"samples": 2}}},
+        "trainer": trainer,
+        "methods": {"sleb": {"class_path": "callbacks.SLEB"}},
+        "ratios": [0.2],
+        "measure": [
+            {"class_path": "callbacks.Perplexity", "init_args": {"texts": [{"sequence_length": 16, "max_tokens": 512}]}}
+        ],
+    }
+
+
 def _quiet(run: Path) -> dict:
     return {
         "default_root_dir": str(run),

@@ -786,6 +786,52 @@ def test_interrupt_ends_the_process(tmp_path, monkeypatch, stubborn):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+PARENT = """
+from tests.slm_pl.test_sweep import ProcessRunner
+from pathlib import Path
+ProcessRunner((sys.executable, sys.argv[1]))([], Path(sys.argv[2]))
+"""
+
+
+def test_what_a_killed_sweep_ran_ends_with_it(tmp_path):
+    code = (
+        "import subprocess\nfrom slm_pl.lifeline import hold_on\nhold_on()\n"
+        "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "Path('pids.tmp').write_text(f'{os.getpid()} {rank.pid} {os.environ.get(\"SLM_PL_LIFELINE\")}')\n"
+        "os.rename('pids.tmp', 'pids')\ntime.sleep(60)\n"
+    )
+    _, work_program = program(tmp_path, code)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import sys\n{PARENT}", work_program, str(tmp_path / "log.txt")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        _until((tmp_path / "pids").exists)
+        process, rank, name = (tmp_path / "pids").read_text().split()
+        assert name == "None"  # the ranks would take the number for their own descriptor
+        assert _is_running(process)
+        assert _is_running(rank)
+    finally:
+        parent.kill()
+        parent.wait()
+    _until(lambda: not _is_running(process) and not _is_running(rank))
+
+
+def _until(there, seconds: float = 60) -> None:
+    ends = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_signal_of_the_cluster_is_for_the_job_and_not_for_what_it_runs(tmp_path):
     code = (
         "os.kill(os.getpid(), signal.SIGUSR2)\n"
