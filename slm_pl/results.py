@@ -9,6 +9,7 @@ or ``gpu_memory``.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -251,7 +252,7 @@ def _decode_any(form: object, value: object, place: str, missing: Mapping[str, s
     if dataclasses.is_dataclass(form) and isinstance(form, type):
         if not isinstance(value, dict):
             raise FormError(f"{where} is {_kind(value)}, not an object")
-        hints = typing.get_type_hints(form)
+        hints = _hints(form)
         parts: dict[str, object] = {}
         for one in dataclasses.fields(form):
             inner = f"{place}.{one.name}" if place else one.name
@@ -285,6 +286,11 @@ def _decode_any(form: object, value: object, place: str, missing: Mapping[str, s
     elif type(value) is form:
         return value
     raise FormError(f"{where} is {_kind(value)}, not {getattr(form, '__name__', form)}")
+
+
+@functools.cache
+def _hints(form: type) -> dict[str, object]:
+    return typing.get_type_hints(form)
 
 
 def _kind(value: object) -> str:

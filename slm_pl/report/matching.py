@@ -70,7 +70,7 @@ def lined_up(
         reason_of: Why a model has no figure in a row; None if nobody left word.
         worth: Whether a row is worth showing.
     """
-    found = [{_key(figure.row): figure for figure in figures_of(record)} for record in records]
+    found = [_keyed(list(figures_of(record))) for record in records]
     rows = []
     for key in dict.fromkeys(key for one in found for key in one):
         same = [one[key] for one in found if key in one]
@@ -83,8 +83,11 @@ def lined_up(
     return _told_apart([row for row in rows if worth(row)])
 
 
-def _key(row: Row) -> tuple[str, str]:
-    return row.name, protocols.frozen(row.protocol)
+def _keyed(figures: list[Figure]) -> dict[tuple[str, str], Figure]:
+    """A model's figures by their rows; the figures of a point share one protocol, which is written down once."""
+    shared = {id(figure.row.protocol): figure.row.protocol for figure in figures}
+    frozen = {number: protocols.frozen(protocol) for number, protocol in shared.items()}
+    return {(figure.row.name, frozen[id(figure.row.protocol)]): figure for figure in figures}
 
 
 def _absent(reason: str | None, wanted: Figure, own: list[Figure]) -> Cell:

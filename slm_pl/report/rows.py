@@ -101,5 +101,6 @@ class Row:
 
 def one_line(text: str) -> str:
     """A text from a file as one line that any output can hold: no control characters, no halves of surrogate pairs."""
-    printable = "".join(char if char.isprintable() else " " for char in text.encode(errors="replace").decode())
-    return " ".join(printable.split())
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else " " for char in text.encode(errors="replace").decode())
+    return " ".join(text.split())

@@ -62,6 +62,7 @@ def compare(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
 
 
 def _print(comparison: Comparison, written: list[str]) -> None:
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -75,20 +76,23 @@ def _print(comparison: Comparison, written: list[str]) -> None:
     def styled(entry: Entry) -> Text:
         return Text(entry.noted, style="bold" if entry.mark == "best" else "")
 
-    def table_of(columns: list[int]) -> Table:
+    def table_of(columns: list[int], lines: list[list[Entry]]) -> Table:
         table = Table(title="Comparison")
         table.add_column("", overflow="fold")
         for column in columns:
             head = heads[column] if quantities else "\n".join(textwrap.wrap(heads[column], 16))
             table.add_column(Text(head), justify="right", overflow="fold", no_wrap=not quantities)
-        for index, line in enumerate(shown.lines):
+        for index, line in enumerate(lines):
             if quantities and index and rooms[index] != rooms[index - 1]:
                 table.add_section()
             table.add_row(*(styled(line[column]) for column in (0, *columns)))
         return table
 
+    # As wide as the table, and measured in no time however many models it holds.
+    longest = [max(column, key=lambda entry: cell_len(entry.noted)) for column in zip(*shown.lines, strict=True)]
+
     def width(columns: list[int]) -> int:
-        return console.measure(table_of(columns), options=console.options.update(width=10_000)).maximum
+        return console.measure(table_of(columns, [longest]), options=console.options.update(width=10_000)).maximum
 
     columns = list(range(1, len(heads)))
     if not console.is_terminal:
@@ -100,7 +104,7 @@ def _print(comparison: Comparison, written: list[str]) -> None:
         fitting = next((n for n in range(len(groups[-1]) - 1, 1, -1) if width(groups[-1][:n]) <= console.width), 1)
         groups[-1:] = [groups[-1][:fitting], groups[-1][fitting:]]
     for group in groups:
-        console.print(table_of(group))
+        console.print(table_of(group, shown.lines))
     for index, note in enumerate(shown.notes, 1):
         console.print(Text(f"[{index}] {note}", style="dim"))
     for warning in comparison.warnings:

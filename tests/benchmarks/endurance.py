@@ -4,6 +4,9 @@
   hundredth; *evaluation*: hundreds of times the hooks of ``test`` in one process. The memory of the process (resident,
   after the garbage was collected) is a straight line fitted to the second half: what it grows in a thousand steps or in
   a hundred evaluations.
+* *Tokenizers*: hundreds of times in one process, a tokenizer is loaded, cuts the same text, and is dropped: a part of
+  what an evaluation leaves. It is the word cache of ``tokenizers`` (0.23.3), which belongs to the thread, outlives the
+  tokenizer, and cannot be emptied from Python.
 * *Comparison*: ``compare`` of a thousand ``results.json``, in seconds.
 * *Rows*: the most anonymous memory (without what is mapped from files) of a process that reads and tokenises Alpaca
   files of 10,000 and of 100,000 rows, looked at every five milliseconds, above that of one that reads ten.
@@ -15,6 +18,8 @@ import gc
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -29,11 +34,13 @@ from rich.table import Table
 
 from slm_pl.cli import main as command
 from slm_pl.data import AlpacaDataModule
+from slm_pl.data.embedded import topic_texts
 from slm_pl.loading import load_tokenizer, resolve
 from tests.faults.processes import fit_config, measure_config, write, write_inputs
 from tests.helpers.records import record_of
 
 MB = 2**20
+ROOT = Path(__file__).parents[2]
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -100,8 +107,27 @@ def _evaluate(config: str, times: int, log: str) -> None:
             file.write(f"{number} {settled()}\n")
 
 
+def tokenizers(place: Path, times: int) -> list[tuple[int, int]]:
+    """Memory by number of tokenizers that were loaded, used and dropped."""
+    model, _ = write_inputs(place / "inputs")
+    log = place / "tokenizers.txt"
+    process = CONTEXT.Process(target=_tokenise, args=(model, times, str(log)))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
+
+
+def _tokenise(model: str, times: int, log: str) -> None:
+    text = "\n\n".join(topic_texts("measure"))
+    with open(log, "w", buffering=1) as file:
+        for number in range(1, times + 1):
+            load_tokenizer(resolve(model))(text)
+            file.write(f"{number} {settled()}\n")
+
+
 def comparison(place: Path, number: int) -> float:
-    """Seconds of ``compare`` of so many records."""
+    """Seconds of the whole command ``compare`` with so many records."""
     paths = []
     for index in range(number):
         record = record_of(f"model {index}", perplexity=15 + index % 37 + index / number, latency=1 + index % 11)
@@ -110,7 +136,8 @@ def comparison(place: Path, number: int) -> float:
         record.save(path)
         paths.append(str(path))
     began = time.perf_counter()
-    _run(["compare", *paths, "--output_dir", str(place / "comparison")])
+    whole = [sys.executable, str(ROOT / "main.py"), "compare", *paths, "--output_dir", str(place / "comparison")]
+    subprocess.run(whole, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
@@ -188,6 +215,7 @@ def main() -> None:
         tried: list[tuple[str, int, Callable[[], str]]] = [
             ("optimizer steps", options.steps, lambda: _grown(training(place, options.steps), 1000)),
             ("evaluations", options.evaluations, lambda: _grown(evaluations(place, options.evaluations), 100)),
+            ("tokenizers", options.evaluations, lambda: _grown(tokenizers(place, options.evaluations), 100)),
             ("records compared", options.records, lambda: f"{comparison(place, options.records):.1f} s"),
             *(
                 (f"rows of a {suffix} file", number, lambda n=number, s=suffix: _read(*rows_memory(place, n, s)))
