@@ -119,7 +119,7 @@ def tokenizers(place: Path, times: int) -> list[tuple[int, int]]:
 
 
 def _tokenise(model: str, times: int, log: str) -> None:
-    text = "\n\n".join(topic_texts("measure"))
+    text = "\n\n".join(topic_texts("heldout"))
     with open(log, "w", buffering=1) as file:
         for number in range(1, times + 1):
             load_tokenizer(resolve(model))(text)

@@ -203,6 +203,7 @@ def test_a_plan_is_enough(method):
         (lambda: WandaStructured(ratio=0.5), "ratio 0.5 means 39,632 of 79,264 parameters"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:LLMPruner. layer_ratio .* keeps its width")
 def test_what_a_model_cannot_lose_is_refused(make, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         make().plan(pico_model(), calibration())
