@@ -134,6 +134,15 @@ def _counts(value: object) -> list[int] | None:
     return value if whole and isinstance(value, list) else None
 
 
+def load_dense_layers(directory: Path, plans: Sequence[Plan]) -> list[int] | None:
+    """The dense layers' parameters for an export made from another, whose plans these begin with."""
+    try:
+        carried = load_plans(directory)
+    except UsageError:
+        return None
+    return load_sizes(directory, carried)[0] if carried == list(plans[: len(carried)]) else None
+
+
 def load_layer_map(directory: Path, parameters: int | None = None) -> dict[str, bytes]:
     """Draws the map of the model in a directory, from the plans beside it; nothing if there are none.
 
@@ -164,7 +173,7 @@ def _notes(plans: Sequence[Plan], fates: Sequence[LayerFate]) -> list[str]:
     elif all(before is None for before, _ in known):
         notes.append("How many parameters the dense model's layers had was not recorded.")
     if any(fate.widths for fate in fates):
-        notes.append("Filled: what is left of the attention (KV groups) and of the MLP (channels).")
+        notes.append("Filled: what is left of the attention (KV groups) and of the MLP (channels), where it is known.")
     if (hidden := hidden_width(plans)) is not None:
         units = "" if hidden.units is None else f" of {hidden.units:,}"
         notes.append(f"Everywhere: {hidden.kept:,}{units} channels of the hidden state (height of the bars).")
@@ -204,25 +213,28 @@ def _draw_layer(axes: "Axes", fate: LayerFate, top: float, row: float, hidden: W
         bottom, height = top + gap, row - 2 * gap
         if not hosts:
             # Told apart without colour: what went into another layer is hatched, what was removed is empty and struck.
-            style = {"linestyle": (0, (2, 1.5)), "edgecolor": _REMOVED} if gone else {"hatch": "/////"}
-            box = Rectangle((left, bottom), width, height, **{"fill": False, "edgecolor": _MERGED, **style})
-            box.set_linewidth(0.7)
+            edge = _REMOVED if gone else _MERGED
+            box = Rectangle((left, bottom), width, height, fill=False, edgecolor=edge, linewidth=0.7)
             axes.add_patch(box)
-            if gone:
+            if not gone:
+                box.set_hatch("/////")
+            else:
+                box.set_linestyle((0, (2, 1.5)))
                 axes.plot([left, left + width], [middle] * 2, color=_REMOVED, linewidth=0.9)
             continue
         told = fate.widths.get(group)
-        share = 1.0 if told is None else told.share if told.share is not None else 0.0 if told.kept == 0 else 0.5
-        high = height * (1.0 if hidden is None else hidden.share or 0.5)
-        filled = Rectangle((left, bottom + height - high), width * share, high, facecolor=colour, edgecolor="none")
+        share = 1.0 if told is None else 0.0 if told.kept == 0 else told.share
+        high = height * (1.0 if hidden is None or hidden.share is None else hidden.share)
+        filled = Rectangle((left, bottom + height - high), width * (share or 0.0), high, facecolor=colour)
+        filled.set_edgecolor("none")
         axes.add_patch(filled)
         axes.add_patch(Rectangle((left, bottom), width, height, fill=False, edgecolor=colour, linewidth=0.7))
         label = _width_text(group, told) + " refit" * (group in fate.refitted)
         if label:
             paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-            axes.text(
-                left + width / 2, middle, label.strip(), fontsize=0.82 * size, ha="center", va="center", bbox=paper
-            )
+            at_left = share is not None and share > 0.5  # where it does not hide the end of the filled part
+            x, side = (left + 0.05, "left") if at_left else (left + width - 0.05, "right")
+            axes.text(x, middle, label.strip(), fontsize=0.82 * size, ha=side, va="center", bbox=paper)
     axes.text(_BECAME, middle, _became(fate), fontsize=size, va="center", color=GREY if not hosts else "black")
     axes.text(_WIDTH - _MARGIN, middle, _sizes(fate), fontsize=size, ha="right", va="center", color="black")
 

@@ -89,8 +89,8 @@ def layer_fates(
         One fate for each layer of the dense model, in order.
 
     Raises:
-        UsageError: If the plans do not follow on each other, name layers that are not there, or if there are not as many
-            figures as layers.
+        UsageError: If the plans do not follow on each other, name layers that are not there, or if there are not as
+            many figures as layers.
     """
     dense = plans[0].base.num_layers
     if not 0 < dense <= _MOST_LAYERS:
