@@ -180,6 +180,9 @@ def compare_parser() -> ArgumentParser:
         "results", nargs="+", help="results.json files that `test` wrote, the dense model's among them."
     )
     parser.add_argument("--output_dir", type=str | None, default=None, help="Default: the files' common directory.")
+    parser.add_argument(
+        "--cards", action="store_true", help="Also put the figures into the model cards of the exports measured."
+    )
     return parser
 
 
@@ -406,7 +409,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 options = compare_parser().parse_args(given[1:])
                 from slm_pl.report import compare
 
-                compare(options.results, options.output_dir)
+                compare(options.results, options.output_dir, options.cards)
             elif given[:1] == ["sweep"]:
                 run_sweep(given[1:])
             elif given[:1] == ["estimate"]:
