@@ -141,7 +141,8 @@ def _require_gradio() -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"demo needs gradio, which cannot be imported ({error}). Install it: pip install -c constraints.txt '.[demo]'"
+            f"demo needs gradio, which cannot be imported ({error}). Install it: "
+            "pip install -c constraints.txt '.[demo]'"
         ) from error
 
 

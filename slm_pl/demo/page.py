@@ -5,28 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+import gradio as gr
 import torch
 
 from slm_pl.demo import sights
-from slm_pl.demo.engine import (
-    MOST_CHARACTERS,
-    MOST_NEW_TOKENS,
-    Absent,
-    DemoModel,
-    Event,
-    Failed,
-    Finished,
-    Runs,
-    Settings,
-    Waiting,
-    Writing,
-    process_memory,
-)
+from slm_pl.demo.engine import Absent, DemoModel, Event, Failed, Finished, Waiting, Writing, process_memory
+from slm_pl.demo.runs import MOST_CHARACTERS, MOST_NEW_TOKENS, Runs, Settings
 from slm_pl.errors import UsageError
 from slm_pl.report.comparison import Comparison
-
-# Gradio reads the annotation of a handler's `request` when the handler is given to it.
-import gradio as gr  # isort: skip
 
 if TYPE_CHECKING:
     from gradio.themes import Base
@@ -41,7 +27,8 @@ CSS = """
 .facts { color: var(--body-text-color-subdued); font-size: 0.87rem; padding: 0 0.15rem; min-height: 1.3em; }
 .facts strong { color: var(--body-text-color); font-size: 1.05rem; display: block; overflow-wrap: anywhere; }
 .status { padding: 0 0.15rem; min-height: 4.6rem; font-size: 0.87rem; overflow-wrap: anywhere; }
-.status dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); gap: 0.35rem 0.9rem; margin: 0; }
+.status dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); gap: 0.35rem 0.9rem;
+  margin: 0; }
 .status dt { color: var(--body-text-color-subdued); font-size: 0.75rem; }
 .status dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
 .status .failed, .message p, .sight .warning { background: var(--error-background-fill, #fff1f0);
@@ -49,9 +36,12 @@ CSS = """
 .completion textarea { font-size: 0.95rem; line-height: 1.5; }
 .sight h3 { font-size: 1.05rem; font-weight: 650; margin: 1rem 0 0.25rem; }
 .sight p { margin: 0.3rem 0; overflow-wrap: anywhere; }
-.sight .scroll { overflow-x: auto; margin: 0.6rem 0; border: 1px solid var(--border-color-primary); border-radius: 8px; }
-.sight table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-numeric: tabular-nums; margin: 0; }
-.sight th, .sight td { padding: 0.4rem 0.75rem; text-align: left; border-bottom: 1px solid var(--border-color-primary); }
+.sight .scroll { overflow-x: auto; margin: 0.6rem 0; border: 1px solid var(--border-color-primary);
+  border-radius: 8px; }
+.sight table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-numeric: tabular-nums;
+  margin: 0; }
+.sight th, .sight td { padding: 0.4rem 0.75rem; text-align: left;
+  border-bottom: 1px solid var(--border-color-primary); }
 .sight tr:last-child > * { border-bottom: 0; }
 .sight tbody tr > :not(thead *) { border-top: 0; }
 .sight .figures th:not(:first-child), .sight .figures td { text-align: right; white-space: nowrap; }
@@ -263,10 +253,10 @@ def _facts(model: "DemoModel | Absent") -> str:
 
 
 def _notes(device: torch.device) -> str:
-    return (
-        '<div class="notes"><p>All models share one process and '
-        f"{escape(f'{torch.get_num_threads()} threads' if device.type == 'cpu' else str(device))}: what runs at the same "
-        "time slows the others down, so figures that compare are those of the next tab, or of one model at a time. Weights "
-        f"are counted, the KV cache is computed; the process with all models takes {escape(process_memory(device))} now."
-        "</p></div>"
+    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    text = (
+        f"All models share one process and {where}: what runs at the same time slows the others down, so figures that "
+        "compare are those of the next tab, or of one model at a time. Weights are counted, the KV cache is computed; "
+        f"the process with all models takes {process_memory(device)} now."
     )
+    return f'<div class="notes"><p>{escape(text)}</p></div>'
