@@ -22,9 +22,10 @@ Shown = tuple[object, str]
 
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
+@media (max-width: 40rem) { .gradio-container > main { padding-inline: 0.75rem !important; } }
 .intro h1 { font-size: 1.5rem; font-weight: 650; margin: 0; }
 .intro p, .sight .soft, .notes p { color: var(--body-text-color-subdued); font-size: 0.87rem; margin: 0.25rem 0; }
-.facts { color: var(--body-text-color-subdued); font-size: 0.87rem; padding: 0 0.15rem; min-height: 1.3em; }
+.facts { color: var(--body-text-color-subdued); font-size: 0.87rem; padding: 0 0.15rem; min-height: 2.8rem; }
 .facts strong { color: var(--body-text-color); font-size: 1.05rem; display: block; overflow-wrap: anywhere; }
 .status { padding: 0 0.15rem; min-height: 4.6rem; font-size: 0.87rem; overflow-wrap: anywhere; }
 .status dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); gap: 0.35rem 0.9rem;
@@ -33,6 +34,9 @@ CSS = """
 .status dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
 .status .failed, .message p, .sight .warning { background: var(--error-background-fill, #fff1f0);
   border-left: 4px solid #d64545; border-radius: 4px; padding: 0.45rem 0.75rem; margin: 0; overflow-wrap: anywhere; }
+.message:not(:has(p)) { display: none; }
+.buttons { justify-content: flex-start; }
+.buttons button { flex: 0 1 9rem; }
 .completion textarea { font-size: 0.95rem; line-height: 1.5; }
 .sight h3 { font-size: 1.05rem; font-weight: 650; margin: 1rem 0 0.25rem; }
 .sight p { margin: 0.3rem 0; overflow-wrap: anywhere; }
@@ -43,7 +47,6 @@ CSS = """
 .sight th, .sight td { padding: 0.4rem 0.75rem; text-align: left;
   border-bottom: 1px solid var(--border-color-primary); }
 .sight tr:last-child > * { border-bottom: 0; }
-.sight tbody tr > :not(thead *) { border-top: 0; }
 .sight .figures th:not(:first-child), .sight .figures td { text-align: right; white-space: nowrap; }
 .sight thead th { background: var(--background-fill-secondary); }
 .sight tbody th { font-weight: 500; min-width: 8rem; }
@@ -77,9 +80,9 @@ def build(models: "Sequence[DemoModel | Absent]", comparison: Comparison | None)
                 max_length=MOST_CHARACTERS,
                 elem_id="prompt",
             )
-            with gr.Row():
+            with gr.Row(elem_classes="buttons"):
                 start = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
-                halt = gr.Button("Stop", variant="stop", elem_id="stop", min_width=120)
+                halt = gr.Button("Stop", elem_id="stop", min_width=120)
             message = gr.HTML(elem_id="message", elem_classes="message")
             with gr.Accordion("Settings", open=False), gr.Row():
                 new_tokens = gr.Slider(
@@ -97,6 +100,7 @@ def build(models: "Sequence[DemoModel | Absent]", comparison: Comparison | None)
                         gr.HTML(_facts(one))
                         text = gr.Textbox(
                             label=f"Completion by {one.label}",
+                            show_label=False,
                             lines=9,
                             max_lines=18,
                             interactive=False,
@@ -161,7 +165,14 @@ def theme() -> "Base":
     """Gradio's plainest theme, in the system's own fonts: nothing is fetched."""
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif")
     mono = ("ui-monospace", "Consolas", "DejaVu Sans Mono", "monospace")
-    return gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=mono)
+    plain = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=mono)
+    # Small print that can be read: its own grey has a contrast of 2.6 to white.
+    return plain.set(
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+    )
 
 
 def _beginner(runs: Runs) -> Callable[..., tuple[int, str]]:
