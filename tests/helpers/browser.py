@@ -63,6 +63,7 @@ def driven_browser(directory: Path, width: int = 1400, height: int = 1000) -> Ch
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     # Both paths are given, so selenium looks for nothing on the network.
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.command_executor.client_config.timeout = 15  # of each command, in seconds, where a page hangs
     resize(driver, width, height)
     return driver
 
