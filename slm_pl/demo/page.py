@@ -28,7 +28,7 @@ CSS = """
 .facts { color: var(--body-text-color-subdued); font-size: 0.87rem; padding: 0 0.15rem; min-height: 2.8rem; }
 .facts strong { color: var(--body-text-color); font-size: 1.05rem; display: block; overflow-wrap: anywhere; }
 .status { padding: 0 0.15rem; min-height: 4.6rem; font-size: 0.87rem; overflow-wrap: anywhere; }
-.status dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); gap: 0.35rem 0.9rem;
+.status dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: 0.35rem 0.9rem;
   margin: 0; }
 .status dt { color: var(--body-text-color-subdued); font-size: 0.75rem; }
 .status dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
@@ -44,9 +44,9 @@ CSS = """
   border-radius: 8px; }
 .sight table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-numeric: tabular-nums;
   margin: 0; }
-.sight th, .sight td { padding: 0.4rem 0.75rem; text-align: left;
-  border-bottom: 1px solid var(--border-color-primary); }
-.sight tr:last-child > * { border-bottom: 0; }
+.sight th, .sight td { padding: 0.4rem 0.75rem; text-align: left; }
+.sight tr > *, .sight thead, .sight tbody, .sight tr { border: 0 !important; }
+.sight tbody tr > * { border-top: 1px solid var(--border-color-primary) !important; }
 .sight .figures th:not(:first-child), .sight .figures td { text-align: right; white-space: nowrap; }
 .sight thead th { background: var(--background-fill-secondary); }
 .sight tbody th { font-weight: 500; min-width: 8rem; }
@@ -102,7 +102,7 @@ def build(models: "Sequence[DemoModel | Absent]", comparison: Comparison | None)
                             label=f"Completion by {one.label}",
                             show_label=False,
                             lines=9,
-                            max_lines=18,
+                            max_lines=9,
                             interactive=False,
                             buttons=["copy"],
                             elem_id=f"completion_{index}",
@@ -258,8 +258,8 @@ def _status(text: str) -> str:
 def _facts(model: "DemoModel | Absent") -> str:
     if isinstance(model, Absent):
         return f'<div class="facts"><strong>{escape(model.label)}</strong>not loaded</div>'
-    size = f"{model.parameters / 1e6:,.1f} M parameters, {model.layers} layers, {escape(model.dtype)}"
-    weights = f"{model.weight_bytes / 2**20:,.0f} MiB of weights"
+    size = f"{model.parameters / 1e6:,.1f} M parameters, {model.layers} layers"
+    weights = f"{model.weight_bytes / 2**20:,.0f} MiB of {escape(model.dtype)}"
     return f'<div class="facts"><strong>{escape(model.label)}</strong>{size}, {weights}</div>'
 
 
