@@ -38,6 +38,8 @@ CSS = """
 .buttons { justify-content: flex-start; }
 .buttons button { flex: 0 1 9rem; }
 .completion textarea { font-size: 0.95rem; line-height: 1.5; }
+.sight { contain: inline-size; }  /* a wide table scrolls, it does not widen the page */
+.sight table { border: 0 !important; }
 .sight h3 { font-size: 1.05rem; font-weight: 650; margin: 1rem 0 0.25rem; }
 .sight p { margin: 0.3rem 0; overflow-wrap: anywhere; }
 .sight .scroll { overflow-x: auto; margin: 0.6rem 0; border: 1px solid var(--border-color-primary);
