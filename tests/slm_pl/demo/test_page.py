@@ -140,8 +140,10 @@ class Page:
         box.send_keys(str(number), "\t")
 
     def open(self, name):
-        tabs = [tab for tab in self.find("button[role=tab]") if tab.text == name and tab.is_displayed()]
-        tabs[0].click()
+        def tabs():
+            return [tab for tab in self.find("button[role=tab]") if tab.text == name and tab.is_displayed()]
+
+        self.until(tabs)[0].click()
 
     def wide(self):
         return self.driver.execute_script("return document.documentElement.scrollWidth")
