@@ -22,7 +22,10 @@ Shown = tuple[object, str]
 
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
-@media (max-width: 40rem) { .gradio-container .tabs { contain: inline-size; } .gradio-container > main { padding-inline: 0.75rem !important; } }
+@media (max-width: 40rem) {
+  .gradio-container .tabs { contain: inline-size; }
+  .gradio-container > main { padding-inline: 0.75rem !important; }
+}
 .intro h1 { font-size: 1.5rem; font-weight: 650; margin: 0; }
 .intro p, .sight .soft, .notes p { color: var(--body-text-color-subdued); font-size: 0.87rem; margin: 0.25rem 0; }
 .facts { color: var(--body-text-color-subdued); font-size: 0.87rem; padding: 0 0.15rem; min-height: 2.8rem; }
