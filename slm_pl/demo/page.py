@@ -22,10 +22,6 @@ Shown = tuple[object, str]
 
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
-@media (max-width: 40rem) {
-  .gradio-container .tabs { contain: inline-size; }
-  .gradio-container > main { padding-inline: 0.75rem !important; }
-}
 .intro h1 { font-size: 1.5rem; font-weight: 650; margin: 0; }
 .intro p, .sight .soft, .notes p { color: var(--body-text-color-subdued); font-size: 0.87rem; margin: 0.25rem 0; }
 .facts { color: var(--body-text-color-subdued); font-size: 0.87rem; padding: 0 0.15rem; min-height: 2.8rem; }
@@ -41,6 +37,7 @@ CSS = """
 .buttons { justify-content: flex-start; }
 .buttons button { flex: 0 1 9rem; }
 .completion textarea { font-size: 0.95rem; line-height: 1.5; }
+.model .label-wrap span { overflow-wrap: anywhere; text-align: left; }
 .sight { contain: inline-size; }  /* a wide table scrolls, it does not widen the page */
 .sight table { border: 0 !important; }
 .sight h3 { font-size: 1.05rem; font-weight: 650; margin: 1rem 0 0.25rem; }
@@ -125,7 +122,8 @@ def build(models: "Sequence[DemoModel | Absent]", comparison: Comparison | None)
         with gr.Tab("Layers") as layers:
             shown = []
             for index, one in enumerate(models):
-                with gr.Tab(one.label):
+                # Not tabs: a row of long labels would be wider than a narrow window.
+                with gr.Accordion(one.label, elem_classes="model"):
                     shown.append(gr.HTML('<div class="sight"><p>Drawing …</p></div>', elem_id=f"layers_{index}"))
 
         number = gr.State(0)
