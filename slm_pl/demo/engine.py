@@ -112,7 +112,7 @@ class DemoModel:
         self.label = label
         self.directory = directory
         self.parameters = count_parameters(model)
-        self.layers = num_layers(model)
+        self.num_layers = num_layers(model)
         self.weight_bytes = weight_bytes(model)
         self._model = model.eval()
         self._tokenizer = tokenizer

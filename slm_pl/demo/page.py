@@ -261,7 +261,7 @@ def _status(text: str) -> str:
 def _facts(model: "DemoModel | Absent") -> str:
     if isinstance(model, Absent):
         return f'<div class="facts"><strong>{escape(model.label)}</strong>not loaded</div>'
-    size = f"{model.parameters / 1e6:,.1f} M parameters, {model.layers} layers"
+    size = f"{model.parameters / 1e6:,.1f} M parameters, {model.num_layers} layers"
     weights = f"{model.weight_bytes / 2**20:,.0f} MiB of {escape(model.dtype)}"
     return f'<div class="facts"><strong>{escape(model.label)}</strong>{size}, {weights}</div>'
 

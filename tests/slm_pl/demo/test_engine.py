@@ -243,7 +243,7 @@ def test_a_line_has_an_end():
 def test_a_model_is_read_as_it_is(pico_dir, one_thread):
     model = load("pico", str(pico_dir), False, "auto", torch.device("cpu"))
     dense = pico_model(bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    assert (model.label, model.layers, model.directory) == ("pico", 6, pico_dir)
+    assert (model.label, model.num_layers, model.directory) == ("pico", 6, pico_dir)
     assert model.parameters == sum(p.numel() for p in dense.parameters())
     assert model.weight_bytes >= 4 * model.parameters
     before = {name: p.clone() for name, p in model._model.state_dict().items()}
