@@ -1,4 +1,4 @@
-"""The command line: what a trainer does, ``prune``, and ``compare``, ``data``, ``estimate`` and ``sweep``."""
+"""The command line: what a trainer does, ``prune``, and ``compare``, ``data``, ``demo``, ``estimate`` and ``sweep``."""
 
 import contextlib
 import io
@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from slm_pl import failures, files, quantization
 from slm_pl.compression.target import give_ratio
 from slm_pl.data import TrainingData
+from slm_pl.demo.command import demo_parser, run_demo
 from slm_pl.errors import UsageError
 from slm_pl.estimate.command import estimate_parser
 from slm_pl.module import CausalLM
@@ -108,6 +109,7 @@ class CLI(LightningCLI):
         )
         action.add_subcommand("sweep", sweep_parser(), help="Methods x ratios x seeds on one model, and one table.")
         action.add_subcommand("estimate", estimate_parser(), help="Memory, time and GPU-hours of configs, on paper.")
+        action.add_subcommand("demo", demo_parser(), help="Show models side by side in the browser.")
         action.add_subcommand("data", data_parser(), help="Download what evaluation needs, for use without network.")
 
     def before_instantiate_classes(self) -> None:
@@ -414,6 +416,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 run_sweep(given[1:])
             elif given[:1] == ["estimate"]:
                 run_estimate(given[1:])
+            elif given[:1] == ["demo"]:
+                run_demo(given[1:])
             elif given[:1] == ["data"]:
                 mirror_data(given[1:])
             else:

@@ -27,6 +27,7 @@ LEVELS = {
     "slm_pl.module": 4,
     "slm_pl.trainer": 4,
     "slm_pl.sweep": 4,
+    "slm_pl.demo": 4,
     "slm_pl.cli": 5,
     "slm_pl.__main__": 5,
     "callbacks": 6,
