@@ -1,4 +1,4 @@
-"""The command line: what a trainer does, ``prune``, and ``compare``, ``data``, ``demo``, ``estimate`` and ``sweep``."""
+"""The command line: what a trainer does, ``prune``, and ``compare``, ``data``, ``demo``, ``estimate``, ``export``, ``sweep``."""
 
 import contextlib
 import io
@@ -27,6 +27,7 @@ from slm_pl.data import TrainingData
 from slm_pl.demo.command import demo_parser, run_demo
 from slm_pl.errors import UsageError
 from slm_pl.estimate.command import estimate_parser
+from slm_pl.gguf_export import export_parser, run_export
 from slm_pl.module import CausalLM
 from slm_pl.parts import PartsFile, read
 from slm_pl.trainer import Trainer
@@ -109,6 +110,7 @@ class CLI(LightningCLI):
         )
         action.add_subcommand("sweep", sweep_parser(), help="Methods x ratios x seeds on one model, and one table.")
         action.add_subcommand("estimate", estimate_parser(), help="Memory, time and GPU-hours of configs, on paper.")
+        action.add_subcommand("export", export_parser(), help="Write an exported Llama as GGUF, for llama.cpp.")
         action.add_subcommand("demo", demo_parser(), help="Show models side by side in the browser.")
         action.add_subcommand("data", data_parser(), help="Download what evaluation needs, for use without network.")
 
@@ -416,6 +418,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 run_sweep(given[1:])
             elif given[:1] == ["estimate"]:
                 run_estimate(given[1:])
+            elif given[:1] == ["export"]:
+                run_export(given[1:])
             elif given[:1] == ["demo"]:
                 run_demo(given[1:])
             elif given[:1] == ["data"]:

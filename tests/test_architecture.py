@@ -20,6 +20,8 @@ LEVELS = {
     "slm_pl.width_pictures": 2,
     "slm_pl.layer_map": 2,
     "slm_pl.model_card": 2,
+    "slm_pl.gguf_tokenizer": 2,
+    "slm_pl.gguf_export": 2,
     "slm_pl.results": 3,
     "slm_pl.journal": 3,
     "slm_pl.report": 3,
