@@ -1,4 +1,4 @@
-"""The command line: what a trainer does, ``prune``, and ``compare``, ``data``, ``demo``, ``estimate``, ``export``, ``sweep``."""
+"""The command line: what a trainer does, ``prune``, and commands that train nothing, such as ``compare``."""
 
 import contextlib
 import io

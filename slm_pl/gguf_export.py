@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from jsonargparse import ArgumentParser
@@ -38,8 +38,8 @@ def export_parser() -> ArgumentParser:
     """Options of ``export``."""
     parser = ArgumentParser(
         prog="main.py export",
-        description="Writes an exported Llama as a GGUF file, which llama.cpp and what is built on it run. Layers have to be "
-        "of one width. To quantise further, give the file to llama.cpp's llama-quantize.",
+        description="Writes an exported Llama as a GGUF file, which llama.cpp and what is built on it run. Its layers have "
+        "to be of one width. To quantise it, give the file to llama.cpp's llama-quantize.",
     )
     parser.add_argument("directory", type=str, help="What ExportCheckpoint wrote, or another checkpoint of a Llama.")
     parser.add_argument("--to", type=Format, required=True, help="The format.")
@@ -66,8 +66,8 @@ def write_gguf(
 ) -> Path:
     """Writes a checkpoint of a Llama as GGUF, one tensor after the other; the file is whole or absent.
 
-    Matrices are of ``dtype``, vectors (norms, biases) of float32, as llama.cpp computes with them. The rows of query and key
-    change their order: llama.cpp rotates neighbours, transformers one half of a head against the other.
+    Matrices are of ``dtype``, vectors (norms, biases) of float32, as llama.cpp computes with them. The rows of query
+    and key change their order: llama.cpp rotates neighbours, transformers one half of a head against the other.
 
     Args:
         directory: Of the checkpoint.
@@ -79,8 +79,8 @@ def write_gguf(
         The file.
 
     Raises:
-        UsageError: If the directory is no whole checkpoint of a Llama with layers of one width that llama.cpp computes as
-            transformers does, or the file is there, or it cannot be written.
+        UsageError: If the directory is no whole checkpoint of a Llama with layers of one width that llama.cpp computes
+            as transformers does, or the file is there, or it cannot be written.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -109,7 +109,6 @@ def write_gguf(
         _describe(writer, config, directory, dtype)
         write_vocabulary(writer, vocabulary, directory)
         tensors.write(writer, dtype)
-        writer.close()
     return target
 
 
@@ -117,8 +116,8 @@ def _check_config(config: "PreTrainedConfig", name: str) -> None:
     """Refuses, before any weight is read, what GGUF has no words for."""
     if (found := quantization_of(config)) is not None:
         raise UsageError(
-            f"The weights of {name} are quantised ({found}); export takes those that are not. Export the checkpoint as it was "
-            "before, and quantise the GGUF file with llama.cpp's llama-quantize."
+            f"The weights of {name} are quantised ({found}); export takes those that are not. Export the checkpoint "
+            "as it was before, and quantise the GGUF file with llama.cpp's llama-quantize."
         )
     if config.model_type != "llama":
         raise UsageError(
@@ -135,8 +134,8 @@ def _check_config(config: "PreTrainedConfig", name: str) -> None:
     kind, partial = config.rope_parameters["rope_type"], config.rope_parameters.get("partial_rotary_factor") or 1.0
     if kind not in ("default", "linear", "llama3") or partial != 1:
         raise UsageError(
-            f"The rotary embedding of {name} is of type {kind!r} on {partial:.0%} of a head; export --to gguf takes default, "
-            f"linear and llama3 on all of it. {_OWN_CONVERTER}"
+            f"The rotary embedding of {name} is of type {kind!r} on {partial:.0%} of a head; export --to gguf takes "
+            f"default, linear and llama3 on all of it. {_OWN_CONVERTER}"
         )
 
 
@@ -201,8 +200,8 @@ class _Tensors:
             stored = tuple(self._files[name].get_slice(name).get_shape())
             if stored != shape:
                 raise UsageError(
-                    f"{name} of {pretrained} has the shape {stored}; its config asks for {shape}. Get the checkpoint and the "
-                    "config that belong together."
+                    f"{name} of {pretrained} has the shape {stored}; its config asks for {shape}. Get the checkpoint "
+                    "and the config that belong together."
                 )
 
     def write(self, writer: "GGUFWriter", dtype: GGUFType) -> None:

@@ -1,7 +1,7 @@
 """What GGUF says of a tokenizer, so that llama.cpp cuts text into the same tokens as transformers.
 
-llama.cpp has programs of its own for the ways to cut text, and a GGUF file names one of them. Which one fits is read from the
-parts of the tokenizer, not from the name of a model: whatever made the checkpoint may have changed them.
+llama.cpp has programs of its own for the ways to cut text, and a GGUF file names one of them. Which one fits is read from
+the parts of the tokenizer, not from the name of a model: whatever made the checkpoint may have changed them.
 """
 
 import json
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PreTrainedTokenizerBase
 
-_LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 # What cuts a text before pairs are merged, whether a word that is a token stays whole, and llama.cpp's name for it.
 _CUTS: list[tuple[list[dict[str, object]], bool, str]] = [
@@ -32,8 +35,8 @@ _CUTS: list[tuple[list[dict[str, object]], bool, str]] = [
 ]
 _SPACE = "\u2581"
 _ALLOWED = (
-    "Allowed are byte-level BPE that cuts text as GPT-2, SmolLM or Llama 3 do, and BPE with bytes to fall back on as Llama 2 has "
-    "it. Convert the directory with llama.cpp's own convert_hf_to_gguf.py, which knows more of them."
+    "Allowed are byte-level BPE that cuts text as GPT-2, SmolLM or Llama 3 do, and BPE with bytes to fall back on as "
+    "Llama 2 has it. Convert the directory with llama.cpp's own convert_hf_to_gguf.py, which knows more of them."
 )
 
 
@@ -82,8 +85,8 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabula
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     if max(vocabulary.values()) >= size:
         raise UsageError(
-            f"The tokenizer has tokens up to the id {max(vocabulary.values())}, the model's embedding {size} rows. Get the "
-            "tokenizer and the weights that belong together."
+            f"The tokenizer has tokens up to the id {max(vocabulary.values())}, the model's embedding {size} rows. "
+            "Get the tokenizer and the weights that belong together."
         )
     by_pieces = bool(model.get("byte_fallback"))
     if by_pieces:
@@ -137,7 +140,7 @@ def _cut_of(parts: dict[str, Any]) -> str:
 
 
 def _space_first(parts: dict[str, Any]) -> bool:
-    """Whether a tokenizer like SentencePiece's puts a space in front of a text; it is spread over two kinds of parts."""
+    """Whether a tokenizer like SentencePiece's puts a space in front of a text; either of two parts may do it."""
     normalizer, cut = parts["normalizer"] or {}, parts["pre_tokenizer"]
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -158,8 +161,8 @@ def _space_first(parts: dict[str, Any]) -> bool:
 def _scores(model: dict[str, Any]) -> dict[str, float]:
     """Scores that order the tokens as the merges do.
 
-    SentencePiece merges the two neighbours whose token scores highest, whichever way it is put together. Merges say the same
-    if they name every way, and all ways to a token one after the other.
+    SentencePiece merges the two neighbours whose token scores highest, whichever way it is put together. Merges say the
+    same if they name every way, and all ways to a token one after the other.
     """
     merges = [tuple(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]]
     scores: dict[str, float] = {}
@@ -211,5 +214,6 @@ def _added(tokenizer: "PreTrainedTokenizerBase") -> tuple[bool, bool]:
             if around == begin * before + plain + end * after:
                 return before, after
     raise UsageError(
-        f"The tokenizer puts the tokens {around} around {plain}, which is neither its begin {begin} nor its end {end}. {_ALLOWED}"
+        f"The tokenizer puts the tokens {around} around {plain}, which are not its begin {begin} and its end "
+        f"{end}. {_ALLOWED}"
     )
