@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jsonargparse import ArgumentParser
@@ -38,8 +38,8 @@ def export_parser() -> ArgumentParser:
     """Options of ``export``."""
     parser = ArgumentParser(
         prog="main.py export",
-        description="Writes an exported Llama as a GGUF file, which llama.cpp and what is built on it run. Its layers have "
-        "to be of one width. To quantise it, give the file to llama.cpp's llama-quantize.",
+        description="Writes an exported Llama as a GGUF file, which llama.cpp and what is built on it run. All layers "
+        "have to be of one width. To quantise it, give the file to llama.cpp's llama-quantize.",
     )
     parser.add_argument("directory", type=str, help="What ExportCheckpoint wrote, or another checkpoint of a Llama.")
     parser.add_argument("--to", type=Format, required=True, help="The format.")
@@ -178,7 +178,7 @@ class _Tensors:
             MODEL_TENSOR.ATTN_Q: int(fields["attention.head_count"]),
             MODEL_TENSOR.ATTN_K: int(fields["attention.head_count_kv"]),
         }
-        self._files = {}
+        self._files: dict[str, Any] = {}
         try:
             index = source.directory / "model.safetensors.index.json"
             names = ["model.safetensors"]
@@ -242,7 +242,7 @@ class _Tensors:
     def _name(self, name: str) -> str:
         found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
-        return cast(str, found)
+        return found
 
     @staticmethod
     def _dtype(shape: tuple[int, ...], dtype: GGUFType) -> torch.dtype:
@@ -256,10 +256,10 @@ class _Tensors:
             raise UsageError(
                 f"{name} has values up to {stored.abs().max().item():.4g}; f16 ends at 65504. Give --dtype bf16 or f32."
             )
-        heads = self._heads.get(self._map.get_type(name, try_suffixes=(".weight", ".bias")))
-        if heads is not None:
+        kind = self._map.get_type(name, try_suffixes=(".weight", ".bias"))
+        if kind in self._heads:
             # Of each head, the first and the second half by turns.
-            tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+            tensor = tensor.reshape(self._heads[kind], 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         return tensor
 
     def _frequency_factors(self) -> Tensor | None:

@@ -1,7 +1,7 @@
 """What GGUF says of a tokenizer, so that llama.cpp cuts text into the same tokens as transformers.
 
-llama.cpp has programs of its own for the ways to cut text, and a GGUF file names one of them. Which one fits is read from
-the parts of the tokenizer, not from the name of a model: whatever made the checkpoint may have changed them.
+llama.cpp has programs of its own for the ways to cut text, and a GGUF file names one of them. Which one fits is read
+from the parts of the tokenizer, not from the name of a model: whatever made the checkpoint may have changed them.
 """
 
 import json
