@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabula
         pre, space_first, scores = "default", _space_first(parts), _scores(model)
     else:
         pre, space_first, scores = _cut_of(parts), False, {}
-    tokens, types = _tokens(vocabulary, parts, size, by_pieces)
+    tokens, types = _tokens(vocabulary, parts, size, by_pieces, tokenizer.unk_token)
     begins, ends = _added(tokenizer)
     return Vocabulary(
         "llama" if by_pieces else "gpt2",
@@ -141,21 +143,23 @@ def _cut_of(parts: dict[str, Any]) -> str:
 
 def _space_first(parts: dict[str, Any]) -> bool:
     """Whether a tokenizer like SentencePiece's puts a space in front of a text; either of two parts may do it."""
-    normalizer, cut = parts["normalizer"] or {}, parts["pre_tokenizer"]
+    normalizer, cut = parts["normalizer"] or {}, parts["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    if cut is None and steps in ([replace], [{"type": "Prepend", "prepend": _SPACE}, replace]):
+    if not cut and steps in ([replace], [{"type": "Prepend", "prepend": _SPACE}, replace]):
         return len(steps) == 2
-    if (
-        not steps
-        and cut is not None
-        and cut["type"] == "Metaspace"
-        and cut["replacement"] == _SPACE
-        and not cut["split"]
-    ):
-        return bool(cut["prepend_scheme"] != "never")
-    shown = json.dumps({"normalizer": parts["normalizer"], "pre_tokenizer": cut})
-    raise UsageError(f"llama.cpp has nothing that treats spaces as this tokenizer does: {shown}. {_ALLOWED}")
+    scheme = cut.get("prepend_scheme")
+    metaspace = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": scheme, "split": False}
+    if steps or cut != metaspace:
+        shown = json.dumps({"normalizer": parts["normalizer"], "pre_tokenizer": parts["pre_tokenizer"]})
+        raise UsageError(f"llama.cpp has nothing that treats spaces as this tokenizer does: {shown}. {_ALLOWED}")
+    if scheme == "never":
+        return False
+    rank_zero_warn(
+        "llama.cpp puts a space in front of every text, as SentencePiece does; transformers leaves out that of a text "
+        "which begins with a space, so there the first tokens differ."
+    )
+    return True
 
 
 def _scores(model: dict[str, Any]) -> dict[str, float]:
@@ -186,7 +190,7 @@ def _scores(model: dict[str, Any]) -> dict[str, float]:
 
 
 def _tokens(
-    vocabulary: dict[str, int], parts: dict[str, Any], size: int, by_pieces: bool
+    vocabulary: dict[str, int], parts: dict[str, Any], size: int, by_pieces: bool, unknown: str | None
 ) -> tuple[list[str], list[int]]:
     """The token of each id, and what it is; ids that the tokenizer does not use have names of their own."""
     from gguf import TokenType
@@ -197,8 +201,8 @@ def _tokens(
         kinds = {f"<0x{byte:02X}>": TokenType.BYTE for byte in range(256)}
     for one in parts["added_tokens"]:
         kinds[one["content"]] = TokenType.CONTROL if one["special"] else TokenType.USER_DEFINED
-    if by_pieces and parts["model"].get("unk_token") is not None:
-        kinds[parts["model"]["unk_token"]] = TokenType.UNKNOWN
+    if by_pieces and unknown is not None:
+        kinds[unknown] = TokenType.UNKNOWN
     for token, index in vocabulary.items():
         tokens[index], types[index] = token, int(kinds.get(token, TokenType.NORMAL))
     return tokens, types

@@ -58,9 +58,10 @@ TEXTS = [
 ]
 
 
-def pico_export(
-    directory: Path, tokenizer=None, model_type: str = "llama", steps=(DropLayers((2, 3)),), **changes
-) -> Path:
+DROPPED = (DropLayers((2, 3)),)
+
+
+def pico_export(directory: Path, tokenizer=None, model_type: str = "llama", steps=DROPPED, **changes) -> Path:
     model = pico_model(model_type, bos_token_id=0, eos_token_id=1, pad_token_id=2, **changes)
     model.config._name_or_path = "some/model"
     plan = Plan(Base.of(model), Method("callbacks.LayerRemoval", {"layers": [2, 3]}), None, steps)
@@ -203,7 +204,7 @@ def cutting(*steps: pre_tokenizers.PreTokenizer, whole_words: bool = False) -> P
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def pieces(first: str = "always") -> PreTrainedTokenizerFast:
+def pieces(metaspace: bool = False) -> PreTrainedTokenizerFast:
     """As Llama 2's: merges of every way to a token, bytes to fall back on."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -219,7 +220,10 @@ def pieces(first: str = "always") -> PreTrainedTokenizerFast:
     ]
     model = models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
     backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=first, split=False)
+    if metaspace:  # as transformers 5 makes it
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    else:  # as Llama 2's own file has it
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -439,6 +443,17 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(pre, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(export)
     for text in TEXTS:
         assert llama.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text).input_ids, text
+
+
+@needs_llama_cpp
+def test_llama_cpp_keeps_the_space_that_metaspace_leaves_out_and_the_user_is_told(tmp_path):
+    export = pico_export(tmp_path, pieces(metaspace=True))
+    with pytest.warns(UserWarning, match="transformers leaves out that of a text which begins with a space"):
+        llama = llama_cpp_of(write_gguf(export))
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    for text in TEXTS:
+        same = llama.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text).input_ids
+        assert same is not text.startswith(" "), text
 
 
 PROMPTS = [
