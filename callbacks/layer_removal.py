@@ -1,9 +1,11 @@
 """Designated layers, and the baselines that look at nothing."""
 
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from callbacks.base import CompressionCallback
+from callbacks.block_influence import DEEPER_LAYERS
 from slm_pl.compression.architecture import num_layers
 from slm_pl.compression.least_squares import DropConsolidation, LeastSquares, check_drop_consolidation
 from slm_pl.compression.plan import DropLayers, JSONValue, Plan
@@ -45,6 +47,13 @@ class LayerRemoval(CompressionCallback):
     Raises:
         UsageError: If not exactly one of ``layers`` and ``order`` is given, or an argument is out of range.
     """
+
+    citation = DEEPER_LAYERS
+
+    @classmethod
+    def cite(cls, arguments: Mapping[str, JSONValue]) -> str:
+        """A paper for the order that comes from one; layers that someone named, or drew, come from none."""
+        return cls.citation if arguments.get("order") == "reverse" else ""
 
     def __init__(
         self,

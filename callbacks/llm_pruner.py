@@ -91,6 +91,15 @@ class LLMPruner(CompressionCallback):
             other.
     """
 
+    citation = """\
+@inproceedings{ma2023llmpruner,
+  title = {{LLM-Pruner}: On the Structural Pruning of Large Language Models},
+  author = {Ma, Xinyin and Fang, Gongfan and Wang, Xinchao},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2023},
+  note = {arXiv:2305.11627}
+}"""
+
     computes_with_weights = True
 
     def __init__(

@@ -16,7 +16,7 @@ from slm_pl.data import CalibrationSet, CalibrationText, TrainingData, load_cali
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.harness import task_prompts
 from slm_pl.evaluation.representation import representation_similarity
-from slm_pl.export import public_name
+from slm_pl.model_card import public_name
 from slm_pl.module import CausalLM
 from slm_pl.pictures import MATRIX, matrix_names, similarity_matrix
 

@@ -67,6 +67,15 @@ class ShortenedLLaMA(CompressionCallback):
             for the criterion.
     """
 
+    citation = """\
+@article{kim2024shortened,
+  title = {Shortened {LLaMA}: Depth Pruning for Large Language Models with Comparison of Retraining Methods},
+  author = {Kim, Bo-Kyeong and Kim, Geonmin and Kim, Tae-Ho and Castells, Thibault and Choi, Shinkook and Shin, Junho
+    and Song, Hyoung-Kyu},
+  journal = {arXiv preprint arXiv:2402.02834},
+  year = {2024}
+}"""
+
     def __init__(
         self,
         criterion: Literal["perplexity", "taylor", "magnitude"] = "perplexity",

@@ -60,6 +60,15 @@ class SLEB(CompressionCallback):
         UsageError: If not exactly one of the two controls is given, or an argument is out of range.
     """
 
+    citation = """\
+@inproceedings{song2024sleb,
+  title = {{SLEB}: Streamlining {LLMs} through Redundancy Verification and Elimination of Transformer Blocks},
+  author = {Song, Jiwon and Oh, Kyungseok and Kim, Taesu and Kim, Hyungjun and Kim, Yulhwa and Kim, Jae-Joon},
+  booktitle = {International Conference on Machine Learning},
+  year = {2024},
+  note = {arXiv:2402.09025}
+}"""
+
     def __init__(
         self,
         remove_layers: int | None = None,

@@ -102,6 +102,15 @@ class SlidingWindowMerging(CompressionCallback):
         UsageError: If not exactly one of the three controls is given, or one is out of range.
     """
 
+    citation = """\
+@article{ding2025slidingwindow,
+  title = {Sliding-Window Merging for Compacting Patch-Redundant Layers in {LLMs}},
+  author = {Ding, Xuan and Sun, Rui and Zhang, Yunjian and Yan, Xiu and Zhou, Yueqi and Huang, Kaihao and Fu, Suzhong
+    and Aviles-Rivero, Angelica I. and Xie, Chuanlong and Zhu, Yao},
+  journal = {arXiv preprint arXiv:2502.19159},
+  year = {2025}
+}"""
+
     def __init__(
         self,
         threshold: float | None = None,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from callbacks.base import CompressionCallback
+from callbacks.flap import FLAP
 from slm_pl.compression.allotment import equal_share, lowest_in_each, removed_parameters, wanted_parameters
 from slm_pl.compression.architecture import decoder_layers, num_layers
 from slm_pl.compression.calibration import Arguments, capture, run_layers
@@ -43,6 +44,16 @@ class WandaStructured(CompressionCallback):
     Raises:
         UsageError: If ``ratio`` is missing or out of range.
     """
+
+    citation = f"""\
+@article{{sun2023wanda,
+  title = {{A Simple and Effective Pruning Approach for Large Language Models}},
+  author = {{Sun, Mingjie and Liu, Zhuang and Bair, Anna and Kolter, J. Zico}},
+  journal = {{arXiv preprint arXiv:2306.11695}},
+  year = {{2023}}
+}}
+
+{FLAP.citation}"""
 
     computes_with_weights = True
 

@@ -1,4 +1,4 @@
-"""The command line: what a trainer does, ``prune``, and ``compare``, ``data``, ``estimate`` and ``sweep``."""
+"""The command line: what a trainer does, ``prune``, and commands that train nothing, such as ``compare``."""
 
 import contextlib
 import io
@@ -24,8 +24,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from slm_pl import failures, files, quantization
 from slm_pl.compression.target import give_ratio
 from slm_pl.data import TrainingData
+from slm_pl.demo.command import demo_parser, run_demo
 from slm_pl.errors import UsageError
 from slm_pl.estimate.command import estimate_parser
+from slm_pl.gguf_export import export_parser, run_export
 from slm_pl.module import CausalLM
 from slm_pl.parts import PartsFile, read
 from slm_pl.trainer import Trainer
@@ -108,6 +110,8 @@ class CLI(LightningCLI):
         )
         action.add_subcommand("sweep", sweep_parser(), help="Methods x ratios x seeds on one model, and one table.")
         action.add_subcommand("estimate", estimate_parser(), help="Memory, time and GPU-hours of configs, on paper.")
+        action.add_subcommand("export", export_parser(), help="Write an exported Llama as GGUF, for llama.cpp.")
+        action.add_subcommand("demo", demo_parser(), help="Show models side by side in the browser.")
         action.add_subcommand("data", data_parser(), help="Download what evaluation needs, for use without network.")
 
     def before_instantiate_classes(self) -> None:
@@ -180,6 +184,9 @@ def compare_parser() -> ArgumentParser:
         "results", nargs="+", help="results.json files that `test` wrote, the dense model's among them."
     )
     parser.add_argument("--output_dir", type=str | None, default=None, help="Default: the files' common directory.")
+    parser.add_argument(
+        "--cards", action="store_true", help="Also put the figures into the model cards of the exports measured."
+    )
     return parser
 
 
@@ -406,11 +413,15 @@ def main(args: Sequence[str] | None = None) -> None:
                 options = compare_parser().parse_args(given[1:])
                 from slm_pl.report import compare
 
-                compare(options.results, options.output_dir)
+                compare(options.results, options.output_dir, options.cards)
             elif given[:1] == ["sweep"]:
                 run_sweep(given[1:])
             elif given[:1] == ["estimate"]:
                 run_estimate(given[1:])
+            elif given[:1] == ["export"]:
+                run_export(given[1:])
+            elif given[:1] == ["demo"]:
+                run_demo(given[1:])
             elif given[:1] == ["data"]:
                 mirror_data(given[1:])
             else:

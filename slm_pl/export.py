@@ -4,28 +4,20 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slm_pl import files
 from slm_pl.compression import modeling
-from slm_pl.compression.architecture import num_layers
-from slm_pl.compression.plan import (
-    DropLayers,
-    KeepChannels,
-    KeepHidden,
-    MergeLayers,
-    Plan,
-    RefitOutput,
-    count_parameters,
-    load_plans,
-    save_plans,
-)
-from slm_pl.console import OWN_CODE, load_example
+from slm_pl.compression.plan import Plan, count_parameters, load_plans, save_plans
+from slm_pl.console import OWN_CODE
+from slm_pl.errors import UsageError
+from slm_pl.layer_map import TABLE, layer_map, layer_parameters, layer_table
 from slm_pl.loading import DType, load_model, load_tokenizer, resolve, stock_class
-from slm_pl.pictures import IMPORTANCE, TRACE, WIDTHS, trace_pictures
-from slm_pl.quantization import INT8, Quantization, compress_first, quantization_of, require_torchao
+from slm_pl.model_card import CARD, model_card, needs_own_code
+from slm_pl.pictures import trace_pictures
+from slm_pl.quantization import Quantization, compress_first, quantization_of, require_torchao
 from slm_pl.sums import write_sums
 
 if TYPE_CHECKING:
@@ -42,6 +34,8 @@ def save_compressed(
     figures: Mapping[str, bytes] | None = None,
     dtype: DType = "auto",
     quantization: Quantization | None = None,
+    dense_layers: Sequence[int] | None = None,
+    citations: Sequence[str] = (),
 ) -> Path:
     """Writes a checkpoint that stock transformers loads; the directory is whole or absent.
 
@@ -64,6 +58,8 @@ def save_compressed(
         figures: More files that say what was done, by name; the model card shows those that are ``.png``.
         dtype: Of the weights that are written; ``auto`` is the model's.
         quantization: What they are quantised to, from ``dtype``; see :func:`slm_pl.loading.load_model`.
+        dense_layers: Parameters of each layer of the dense model, for the layer map; None if they are not known.
+        citations: BibTeX of the methods.
 
     Returns:
         The directory.
@@ -86,17 +82,31 @@ def save_compressed(
                 written = _save(load_model(resolve(plain), dtype, None, quantization), temporary)
         tokenizer.save_pretrained(temporary)
         save_plans(plans, temporary)
-        shown: dict[str, bytes] = {}
+        shown, table, no_map = _layer_map(model, plans, dense_layers)
         for number, plan in enumerate(plans, start=1):
             shown |= trace_pictures(plan, number)
         shown |= figures or {}
-        for name, content in shown.items():
+        for name, content in (shown | table).items():
             (temporary / name).write_bytes(content)
-        pictures = [name for name in shown if name.endswith(".png")]
-        card = _model_card(model, plans, recovered, pictures, *written)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        write_sums(temporary, left_out=["README.md", *pictures])
+        pictures = [name for name in shown if name.endswith((".png", ".svg"))]
+        card = model_card(model, plans, recovered, pictures, *written, citations, no_map)
+        (temporary / CARD).write_text(card, encoding="utf-8")
+        write_sums(temporary, left_out=[CARD, *pictures])
     return Path(directory)
+
+
+def _layer_map(
+    model: "PreTrainedModel", plans: list[Plan], dense_layers: Sequence[int] | None
+) -> tuple[dict[str, bytes], dict[str, bytes], str | None]:
+    """The map's pictures, its table, and why there is none; plans may have come with a stranger's model."""
+    if not plans:
+        return {}, {}, None
+    try:
+        after = layer_parameters(model)
+        pictures = layer_map(plans, dense_layers, after, count_parameters(model))
+        return pictures, {TABLE: layer_table(plans, dense_layers, after)}, None
+    except UsageError as error:
+        return {}, {}, str(error)
 
 
 def _save(model: "PreTrainedModel", directory: Path) -> tuple[str, str | None]:
@@ -105,11 +115,6 @@ def _save(model: "PreTrainedModel", directory: Path) -> tuple[str, str | None]:
     model.save_pretrained(directory, save_original_format=not needs_own_code(model))
     _name_class(model, directory)
     return str(model.dtype).removeprefix("torch."), quantization_of(model.config)
-
-
-def needs_own_code(model: "PreTrainedModel") -> bool:
-    """Whether stock transformers cannot build the model: its layers differ in width."""
-    return getattr(model.config, "layer_widths", None) is not None
 
 
 def _name_class(model: "PreTrainedModel", directory: Path) -> None:
@@ -142,102 +147,3 @@ def load_compressed(
     """
     source = resolve(os.path.join(os.fspath(directory), ""))
     return load_model(source), load_tokenizer(source), load_plans(directory)
-
-
-def public_name(pretrained: str) -> str:
-    """What may be told of a path: its last part, since an export is made to be shared."""
-    return Path(pretrained).name if Path(pretrained).exists() else pretrained
-
-
-_ALT_TEXTS = {
-    TRACE: "Every try of the search",
-    IMPORTANCE: "The score of every layer",
-    WIDTHS: "How wide every layer is",
-    "learning_curves": "Losses and learning rate of the training",
-}
-
-
-def _describe(plan: Plan) -> list[str]:
-    """What a plan did, a line for each step; one for all layers that were made narrower."""
-    lines: list[str] = []
-    for step in plan.steps:
-        if isinstance(step, MergeLayers):
-            norms = f"norms: {step.other_parameters}"
-            lines.append(f"merge layers {step.low}–{step.high} into one ({step.consolidation}, {norms})")
-        elif isinstance(step, DropLayers):
-            lines.append(f"remove layers {', '.join(map(str, step.layers))}")
-        elif isinstance(step, RefitOutput):
-            lines.append(f"refit by least squares what the {step.group} of layer {step.layer} writes")
-        elif isinstance(step, KeepHidden):
-            lines.append(f"keep {len(step.indices):,} channels of the hidden state")
-    for group, unit in (("attention", "KV groups"), ("mlp", "MLP channels")):
-        narrow = [step for step in plan.steps if isinstance(step, KeepChannels) and step.group == group]
-        if narrow:
-            widths = sorted(len(step.indices) for step in narrow)
-            span = f"{widths[0]:,}" if widths[0] == widths[-1] else f"{widths[0]:,} to {widths[-1]:,}"
-            biased = ", with a bias in their place" if any(step.bias for step in narrow) else ""
-            layers = [step.layer for step in narrow]
-            where = f"{len(layers)} layers from {min(layers)} to {max(layers)}"
-            where = where if len(layers) > 1 else f"layer {layers[0]}"
-            lines.append(f"keep {span} {unit if widths[-1] != 1 else unit.removesuffix('s')} in {where}{biased}")
-    return lines
-
-
-def _asked(plans: list[Plan]) -> str:
-    shares = [f"{plan.requested_ratio:.1%}" for plan in plans if plan.requested_ratio is not None]
-    return f"; {' and then '.join(shares)} asked for" if len(shares) == len(plans) else ""
-
-
-def _model_card(
-    model: "PreTrainedModel",
-    plans: list[Plan],
-    recovered: bool,
-    pictures: list[str],
-    dtype: str,
-    quantised: str | None,
-) -> str:
-    parameters = count_parameters(model)
-    lines = ["---", "library_name: transformers", "tags: [pruned, slm_pl]"]
-    lines += ["---", "", "# A compressed causal language model", ""]
-    if plans:
-        base = plans[0].base
-        share = 1 - parameters / base.num_parameters
-        lines += [
-            f"Made from `{public_name(base.pretrained)}`{f' at revision `{base.revision}`' if base.revision else ''}: "
-            f"{base.num_layers} → {num_layers(model)} decoder layers, "
-            f"{base.num_parameters:,} → {parameters:,} parameters ({share:.1%} fewer{_asked(plans)}). "
-            + ("Recovered by training after compression." if recovered else "Not trained after compression."),
-            "",
-            "| step | method | what |",
-            "|---|---|---|",
-        ]
-        for number, plan in enumerate(plans, start=1):
-            arguments = ", ".join(f"{k}={v}" for k, v in plan.method.init_args.items() if v is not None)
-            for what in _describe(plan):
-                lines.append(f"| {number} | `{plan.method.class_path}({arguments})` | {what} |")
-        lines += ["", "The plans beside this file (`plan.json`, …) hold every try of the search. Their sha256:"]
-        lines += [f"`{plan.sha256}`" for plan in plans]
-    else:
-        lines += [f"`{public_name(model.config._name_or_path)}`, {parameters:,} parameters; no plan was applied."]
-    lines += ["", f"Its weights are in {dtype}."]
-    if quantised is not None:
-        lines[-1] = (
-            f"Its weights are quantised: {quantised}. What is not (embeddings, norms, biases, the language-model head, "
-            f"experts) is in {dtype}, which it computes in. "
-            + ("Loading it takes `pip install torchao`." if quantised == INT8 else "")
-        )
-    for picture in pictures:
-        what = _ALT_TEXTS.get(picture.partition(".")[0], "How alike the layers were before")
-        lines += ["", f"![{what}]({picture})"]
-    lines += ["", "```python", load_example(".", needs_own_code(model), quantised == INT8), "```", ""]
-    if needs_own_code(model):
-        lines += [
-            f"Its layers differ in width, which `{OWN_CODE}.py` beside this file tells transformers. With slm_pl, "
-            '`slm_pl.export.load_compressed(".")` loads it without running that file.',
-            "",
-        ]
-    lines += [
-        "The licence of the base model applies to this checkpoint; so does that of the data it was trained on.",
-        "",
-    ]
-    return "\n".join(lines)

@@ -35,28 +35,26 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     Raises:
         UsageError: If the directory cannot be made or written.
     """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_prefix(path), delete=False) as file:
-            temporary = file.name
-            file.write(content)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise UsageError(_unwritable(path.parent, error)) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes ``text`` as UTF-8; see :func:`write_bytes`."""
     write_bytes(path, text.encode())
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary file beside ``path`` that takes its place when the block ends without an error.
+
+    Raises:
+        UsageError: If the directory cannot be made or written.
+    """
+    with scratch(path) as temporary:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
 
 
 @contextlib.contextmanager

@@ -103,6 +103,7 @@ class CausalLM(RecoveryModule):
         self.max_new_tokens = max_new_tokens
         self.source = loading.resolve(pretrained, revision, trust_remote_code)
         self.plans = [] if self.source.directory is None else load_plans(self.source.directory)
+        self.dense_layers: list[int] | None = None  # their parameters, known once the dense model was compressed here
         self.results: Results | None = None
         self.journal: Journal | None = None
         self.predictions: list[dict[str, str]] = []

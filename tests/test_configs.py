@@ -11,6 +11,7 @@ import yaml
 import callbacks
 from slm_pl import parts
 from slm_pl.cli import compare_parser, data_parser, main, sweep_parser
+from slm_pl.demo.command import demo_parser, label_models
 from slm_pl.estimate.command import estimate_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,6 +176,8 @@ def test_readme_command_is_valid(command, capsys, monkeypatch):
         assert compare_parser().parse_args(words[3:]).results
     elif words[:3] == ["python", "main.py", "data"]:
         assert data_parser().parse_args(words[3:]).output
+    elif words[:3] == ["python", "main.py", "demo"]:
+        assert label_models(demo_parser().parse_args(words[3:]).models)
     elif words[:3] == ["python", "main.py", "estimate"]:
         assert all((ROOT / path).is_file() for path in estimate_parser().parse_args(words[3:]).config)
     elif words[:3] == ["python", "main.py", "sweep"]:

@@ -412,6 +412,23 @@ def set_hidden_size(model: "PreTrainedModel", channels: int) -> None:
             module.scalar_embed_scale = channels**0.5
 
 
+def gguf_fields(config: "PreTrainedConfig") -> dict[str, int | float]:
+    """What GGUF says of a Llama, in its own words without ``llama.`` in front: numbers that all layers share."""
+    return {
+        "block_count": config_layers(config),
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+    }
+
+
 def narrow_llama(layers: int, hidden: int, intermediate: int, heads: int, vocabulary: int) -> "PreTrainedModel":
     """A Llama of these sizes with weights drawn at random, in eval mode; its attention is made of plain products."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -175,6 +175,35 @@ def markdown(comparison: Comparison, pictures: dict[str, str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def results_section(comparison: Comparison, index: int) -> str:
+    """What was measured of one model, beside its dense model if that is among the records; for its card."""
+    baseline = comparison.baselines[index]
+    columns = [index] if baseline is None else [baseline, index]
+    rows = [row for row in comparison.rows if row.place == "table"]
+    measured = [
+        dataclasses.replace(row, cells=[row.cells[column] for column in columns])
+        for row in rows
+        if row.cells[index].value is not None or row.cells[index].text is not None
+    ]
+    cells, notes = entries(measured)
+    lines = [
+        "| | " + " | ".join(_plain_markdown(comparison.labels[column]) for column in columns) + " |",
+        "|---" + "|---:" * len(columns) + "|",
+    ]
+    for row, line in zip(measured, cells, strict=True):
+        texts = [_plain_markdown(entry.text) + f" [{entry.note}]" * bool(entry.note) for entry in line]
+        lines.append(f"| {_plain_markdown(row.title)} | {' | '.join(texts)} |")
+    told = "± is one standard error." + " Ratios are against the dense model." * (baseline is not None)
+    environments = list(dict.fromkeys(_environment(comparison.records[column]) for column in columns))
+    parts = [
+        "\n".join(lines),
+        "\n".join(f"[{number}] {_plain_markdown(note)}  " for number, note in enumerate(notes, 1)),
+        told + " Not measured beside its dense model." * (baseline is None),
+        "Measured on " + "; ".join(_plain_markdown(environment) for environment in environments) + ".",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
 def _plain_markdown(text: str) -> str:
     """Takes a text from a file for what it is, not for markup; an underscore inside a word is none."""
     text = re.sub(r"[\\`*|\[\]]", r"\\\g<0>", text)

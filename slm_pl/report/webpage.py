@@ -1,6 +1,7 @@
 """A comparison as one HTML page that needs nothing else: no network, no other file."""
 
 import base64
+from collections.abc import Sequence
 from html import escape
 
 from slm_pl.report.comparison import Comparison
@@ -55,6 +56,8 @@ strong.best { color: var(--best); }
 figure { margin: 1rem 0; }
 figure img { display: block; max-width: 100%; height: auto; padding: 0.5rem; background: #fff; border-radius: 8px;
   border: 1px solid var(--line); }
+.maps { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: flex-start; }
+.maps figure { max-width: 34rem; overflow-wrap: anywhere; }
 figcaption { color: var(--soft); font-size: 0.87rem; margin-top: 0.3rem; }
 .environment { padding-left: 1.2rem; font-size: 0.87rem; color: var(--soft); overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
@@ -104,12 +107,13 @@ _SCRIPT = """
 """
 
 
-def page(comparison: Comparison, pictures: dict[str, tuple[str, bytes]]) -> str:
+def page(comparison: Comparison, pictures: dict[str, tuple[str, bytes]], maps: Sequence[tuple[str, bytes]] = ()) -> str:
     """The whole page.
 
     Args:
         comparison: The comparison.
         pictures: PNGs and what they show, by file name.
+        maps: Names of models and the SVG of what became of their layers.
 
     Returns:
         HTML; all texts that come from files are escaped.
@@ -166,6 +170,10 @@ def page(comparison: Comparison, pictures: dict[str, tuple[str, bytes]]) -> str:
         *(f'<p id="note-{index}">[{index}] {escape(note)}</p>' for index, note in enumerate(notes, 1)),
         "</div>" * bool(notes),
         *(_picture(shown, png) for shown, png in pictures.values()),
+        '<h2>What became of every layer</h2><div class="maps">' * bool(maps),
+        # As images, in which nothing runs.
+        *(_picture(f"Layers of {names}", svg, "svg+xml") for names, svg in maps),
+        "</div>" * bool(maps),
         "<h2>Measured on</h2>",
         '<ul class="environment">',
         *(f"<li>{escape(line)}</li>" for line in environment_lines(comparison)),
@@ -216,9 +224,9 @@ def _cell(cell: Cell, row: Row, note: int | None) -> str:
     return f'<td data-value="{cell.value!r}" title="{escape("; ".join(told))}">{text}</td>'
 
 
-def _picture(shown: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
+def _picture(shown: str, content: bytes, kind: str = "png") -> str:
+    data = base64.b64encode(content).decode()
     return (
-        f'<figure><img alt="{escape(shown)}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="{escape(shown)}" src="data:image/{kind};base64,{data}">'
         f"<figcaption>{escape(shown)}</figcaption></figure>"
     )

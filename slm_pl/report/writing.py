@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from slm_pl.console import brings_code, load_example
 from slm_pl.files import write_bytes, write_text
 from slm_pl.quantization import INT8
-from slm_pl.report import protocols, tables, webpage
+from slm_pl.report import exports, protocols, tables, webpage
 from slm_pl.report.charts import comparison_bars
 from slm_pl.report.comparison import Comparison, line_up
 from slm_pl.report.efficiency_charts import efficiency_plot
@@ -20,12 +20,13 @@ from slm_pl.report.tables import Entry
 BARS, PARETO, EFFICIENCY = "comparison.png", "pareto.png", "comparison_efficiency.png"
 
 
-def compare(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
+def compare(paths: Sequence[str], output_dir: str | None = None, cards: bool = False) -> Comparison:
     """Prints results.json files side by side; writes comparison.md, .json, .csv, .tex and .html, and three pictures.
 
     Args:
         paths: The results.json files; a dense baseline (without a plan) is put first, the others stay in this order.
         output_dir: Where to write; the directory that holds the run directories by default.
+        cards: Also put the figures into the model cards of the exports that were measured.
 
     Returns:
         The table.
@@ -46,18 +47,23 @@ def compare(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
     pictures = {name: (shown, png) for name, (shown, png) in drawn.items() if png is not None}
     for name in drawn.keys() - pictures.keys():
         (directory / name).unlink(missing_ok=True)  # of other models, by an earlier run
+    found, notes = exports.exports_of(comparison)
+    maps, undrawn = exports.layer_maps(comparison, found) if few else ([], [])
     texts = {
         "comparison.md": tables.markdown(comparison, {name: shown for name, (shown, _) in pictures.items()}),
         "comparison.json": tables.json_text(comparison),
         "comparison.csv": tables.csv_text(comparison),
         "comparison.tex": tables.latex(comparison),
-        "comparison.html": webpage.page(comparison, pictures),
+        "comparison.html": webpage.page(comparison, pictures, maps),
     }
     for name, text in texts.items():
         write_text(directory / name, text)
     for name, (_, png) in pictures.items():
         write_bytes(directory / name, png)
     _print(comparison, [*texts, *pictures])
+    written, unwritten = exports.write_cards(comparison, found) if cards else ([], [])
+    for line in [*notes, *undrawn, *unwritten, *(f"Results are in {card}" for card in written)]:
+        print(line)
     return comparison
 
 

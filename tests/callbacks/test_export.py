@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 
@@ -5,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+import callbacks
 from callbacks import ExportCheckpoint
 from slm_pl.compression.plan import Plan
 from slm_pl.errors import UsageError
@@ -100,6 +102,23 @@ def test_other_stages_neither_export_nor_mind_what_is_there(stage, pico_dir, tmp
     assert os.listdir(tmp_path / "export") == ["mine"]
     assert not (tmp_path / "pruned").exists()
     assert module.load_model().config.num_hidden_layers == 5
+
+
+def test_a_second_compression_still_knows_the_dense_layers_and_the_first_method(pico_dir, tmp_path):
+    first = callbacks.LayerRemoval(order="reverse", remove_layers=1)
+    export = ExportCheckpoint(str(tmp_path / "first"))
+    make_trainer(tmp_path / "one", first, export).prune(make_module(pico_dir), alpaca_data(tmp_path))
+    export = ExportCheckpoint(str(tmp_path / "second"))
+    module = make_module(str(tmp_path / "first"))
+    make_trainer(tmp_path / "two", Drop([0]), export).prune(module, alpaca_data(tmp_path))
+    layers = json.loads((tmp_path / "second" / "layer_map.json").read_text())["layers"]
+    own = sum(p.numel() for p in load_compressed(tmp_path / "second")[0].model.layers[0].parameters())
+    assert [(one["before"], one["after"]) for one in layers] == [
+        (own, 0), (own, own), (own, own), (own, own), (own, 0), (own, own)
+    ]  # fmt: skip
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert f"```bibtex\n{callbacks.LayerRemoval.citation}\n```" in card
+    assert "![What became of every layer](layer_map.png)" in card
 
 
 def test_fit_then_test_in_one_program_measures_the_recovered_model(pico_dir, tmp_path):

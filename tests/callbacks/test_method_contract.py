@@ -5,6 +5,8 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
+import sys
 import warnings
 
 import pytest
@@ -13,9 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import callbacks
 from callbacks import CompressionCallback
+from callbacks.base import citations
 from slm_pl.compression import surgery
 from slm_pl.compression.architecture import ARCHITECTURES
-from slm_pl.compression.plan import KeepChannels, KeepHidden, Plan, RefitOutput, count_parameters
+from slm_pl.compression.plan import Base, KeepChannels, KeepHidden, Method, Plan, RefitOutput, count_parameters
 from slm_pl.data import CalibrationText
 from slm_pl.data.corpora import CalibrationSet
 from slm_pl.errors import UsageError
@@ -496,6 +499,36 @@ def test_a_narrower_model_keeps_what_the_plan_says_and_loads(method, arguments, 
         with torch.inference_mode():  # experts are multiplied in another order, where the file has them in memory
             torch.testing.assert_close(one(input_ids=IDS).logits, logits, rtol=0, atol=1e-6)
     assert_cache_agrees(loaded)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_says_whom_to_cite(method):
+    """One or more whole BibTeX entries, of the papers that the docstrings name."""
+    entries = method.citation.split("\n\n")
+    for entry in entries:
+        assert re.match(r"@(article|inproceedings)\{[a-z]+20\d\d[a-z]+,\n", entry)
+        assert entry.endswith("\n}")
+        assert entry.count("{") == entry.count("}")
+        fields = set(re.findall(r"^  (\w+) = \{", entry, re.MULTILINE))
+        assert fields >= {"title", "author", "year"}
+        (number,) = re.findall(r"arXiv:(\d{4}\.\d{5})", entry)
+        assert f"https://arxiv.org/abs/{number}" in (method.__doc__ or "")
+        assert max(map(len, entry.splitlines())) <= 120
+
+
+def test_only_methods_that_are_there_are_cited():
+    def made_by(class_path, **arguments):
+        return Plan(Base("m", None, "llama", 6, 1, "x"), Method(class_path, arguments), None, ())
+
+    cited = citations([made_by("callbacks.SLEB"), made_by("callbacks.FLAP"), made_by("callbacks.SLEB")])
+    assert cited == [callbacks.SLEB.citation, callbacks.FLAP.citation]
+    assert citations([made_by("antigravity.Evil"), made_by("callbacks.LayerRemoval", layers=[1])]) == []
+    assert "antigravity" not in sys.modules
+    (reverse,) = citations([made_by("callbacks.LayerRemoval", order="reverse")])
+    (angular,) = citations([made_by("callbacks.BlockInfluence", distance="angular")])
+    (cosine,) = citations([made_by("callbacks.BlockInfluence", distance="cosine")])
+    assert "2403.17887" in reverse == angular
+    assert "2403.03853" in cosine
 
 
 def test_more_than_a_model_with_experts_can_lose_is_refused():

@@ -78,7 +78,14 @@ def test_round_trip(model_type, tmp_path):
     assert stock.config.num_hidden_layers == len(stock.model.layers) == 3
     assert torch.equal(logits_of(stock), logits)
     assert AutoTokenizer.from_pretrained(path)(TEXT).input_ids == pico_tokenizer()(TEXT).input_ids
-    assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors", ".md", ".sha256"}  # no pickle, no code
+    assert {p.suffix for p in path.iterdir()} == {
+        ".json",
+        ".safetensors",
+        ".md",
+        ".sha256",
+        ".svg",
+        ".png",
+    }  # no pickle, no code
 
 
 def test_model_card_says_what_was_done(tmp_path):
@@ -221,6 +228,7 @@ def test_unequal_layers_bring_their_code_and_nothing_else_that_runs(tmp_path):
         ".md",
         ".py",
         ".png",
+        ".svg",
         ".sha256",
     }  # no .bin, no .pt
     assert [p.name for p in path.glob("*.py")] == ["modeling_pruned.py"]

@@ -1,8 +1,6 @@
 import base64
 import dataclasses
-import os
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 
@@ -11,9 +9,9 @@ import pytest
 from slm_pl.report import compare
 from slm_pl.report.comparison import line_up
 from slm_pl.report.webpage import page
+from tests.helpers.browser import browser
 from tests.helpers.records import record_of, save
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>document.title = 'owned'</script>\"'&"
 
 
@@ -125,37 +123,27 @@ document.body.append(result);
 """
 
 
-def _browser():
-    """The browser's path; without one the test is skipped, or fails where a browser has to be."""
-    if CHROMIUM is None:
-        told = "neither chromium, chromium-browser nor google-chrome is installed"
-        if os.environ.get("SLM_PL_NEEDS_BROWSER") == "1":
-            pytest.fail(f"SLM_PL_NEEDS_BROWSER is 1, but {told}")
-        pytest.skip(told)
-    return CHROMIUM
-
-
 def test_where_a_browser_has_to_be_its_absence_is_a_failure(monkeypatch):
-    monkeypatch.setitem(globals(), "CHROMIUM", None)
+    monkeypatch.setattr("tests.helpers.browser.CHROMIUM", None)
     monkeypatch.setenv("SLM_PL_NEEDS_BROWSER", "1")
     # Either is caught: a skip that nobody catches would skip this test too.
     outcomes = (pytest.fail.Exception, pytest.skip.Exception)
     with pytest.raises(outcomes, match="SLM_PL_NEEDS_BROWSER is 1, but neither chromium") as raised:
-        _browser()
+        browser()
     assert raised.type is pytest.fail.Exception
     monkeypatch.setenv("SLM_PL_NEEDS_BROWSER", "0")
     with pytest.raises(outcomes, match="neither chromium") as raised:
-        _browser()
+        browser()
     assert raised.type is pytest.skip.Exception
 
 
 def test_a_click_sorts_and_the_next_reverses(tmp_path):
-    browser = _browser()
+    program = browser()
     text = page(line_up(save(tmp_path, **_records())), {})
     (tmp_path / "clicked.html").write_text(text.replace("</body>", f"{_CLICKS}</body>"))
     done = subprocess.run(
         [
-            browser,
+            program,
             "--headless",
             "--no-sandbox",
             "--disable-gpu",

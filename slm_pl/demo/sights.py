@@ -1,0 +1,164 @@
+"""What the demo shows beside completions, as HTML: the comparison, and what was done to each model's layers.
+
+Every text may come from a stranger's file, and is escaped; pictures are ``img`` elements, in which nothing runs.
+"""
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from slm_pl.compression.plan import (
+    DropLayers,
+    KeepChannels,
+    KeepHidden,
+    MergeLayers,
+    Plan,
+    RefitOutput,
+    Step,
+    load_plans,
+)
+from slm_pl.errors import UsageError
+from slm_pl.pictures import load_figures, trace_pictures
+from slm_pl.report import tables
+from slm_pl.report.comparison import Comparison
+from slm_pl.report.pareto import pareto_plot
+
+_MOST_ROWS = 400
+_LARGEST = 8 * 2**20  # bytes of a picture that is shown
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """The table of a comparison, what its marks mean, and quality against cost."""
+    shown = tables.table_of(comparison)
+    lines = [
+        [_cell(head.text), *(_cell(one.noted, one.mark == "best") for one in cells)] for head, *cells in shown.lines
+    ]
+    picture = pareto_plot(comparison)
+    parts = [
+        *(_paragraph(f"Warning: {warning}", "warning") for warning in comparison.warnings),
+        _table(shown.heads, lines, "figures"),
+        *(_paragraph(f"[{index}] {note}", "soft") for index, note in enumerate(shown.notes, 1)),
+        *(_paragraph(sentence, "soft") for sentence in tables.legend(comparison)),
+        "" if picture is None else _figure("Quality against cost", picture, "png"),
+        "<h3>Measured on</h3>",
+        *(_paragraph(line, "soft") for line in tables.environment_lines(comparison)),
+    ]
+    return _whole(parts)
+
+
+def layers_html(label: str, directory: Path | None) -> str:
+    """What became of a model's layers.
+
+    Args:
+        label: The model's name.
+        directory: Its export; None if it was not read from a directory.
+    """
+    if directory is None:
+        return _whole([_paragraph(f"{label} was not read from a directory, so no plan is known.")])
+    try:
+        plans = load_plans(directory)
+    except UsageError as error:
+        return _whole([_paragraph(str(error), "warning")])
+    if not plans:
+        return _whole([_paragraph(f"{label} has no plan: it is a dense model, none of its layers were changed.")])
+    parts = [_figure("What became of each layer", content, kind) for content, kind in _layer_maps(directory)]
+    figures = load_figures(directory, len(plans))
+    for number, plan in enumerate(plans, start=1):
+        parts.append(f"<h3>{_numbered('Plan', number, plans)}</h3>" + _paragraph(_summary(plan)))
+        parts.append(_table(["Layers", "What became of them"], _steps(plan), "steps"))
+        parts += [_figure("What the search saw", picture, "png") for picture in trace_pictures(plan, number).values()]
+    parts += [
+        _figure("How alike the layers were before (CKA)", content, "png")
+        for name, content in figures.items()
+        if name.endswith(".png")
+    ]
+    return _whole(parts)
+
+
+def _numbered(what: str, number: int, of: Sequence[object]) -> str:
+    return what if len(of) == 1 else f"{what} {number} of {len(of)}"
+
+
+def _layer_maps(directory: Path) -> list[tuple[bytes, str]]:
+    """The layer maps that an export carries: each as SVG, or as PNG where there is no SVG of it."""
+    found: dict[str, tuple[bytes, str]] = {}
+    for kind, start in (("png", b"\x89PNG\r\n"), ("svg+xml", b"<")):
+        for path in sorted(directory.glob(f"layer_map*.{kind[:3]}")):
+            if path.is_symlink() or not path.is_file() or path.stat().st_size > _LARGEST:
+                continue
+            content = path.read_bytes()
+            if content.startswith(start):
+                found[path.stem] = content, kind
+    return list(found.values())
+
+
+def _summary(plan: Plan) -> str:
+    """Who decided, on what, and with which arguments."""
+    name = plan.method.class_path.rpartition(".")[2]
+    arguments = ", ".join(f"{key}={value}" for key, value in plan.method.init_args.items() if value is not None)
+    base = f"{plan.base.num_layers} decoder layers, {plan.base.num_parameters:,} parameters"
+    data = plan.calibration
+    seen = f"; {data.samples} × {data.sequence_length} calibration tokens" if data is not None else ""
+    return f"{name} ({arguments}) on a model of {base}{seen}."
+
+
+def _steps(plan: Plan) -> list[list[str]]:
+    """A line for each step; of a layer that became narrower, one for all its groups."""
+    told: dict[str, list[str]] = {}
+    for step in plan.steps:
+        layers, what = _step(step)
+        told.setdefault(layers, []).append(what)
+    rows = [[_cell(layers), _cell("; ".join(what))] for layers, what in told.items()]
+    more = len(rows) - _MOST_ROWS
+    return rows if more <= 0 else [*rows[:_MOST_ROWS], [_cell("…"), _cell(f"{more:,} more lines in plan.json")]]
+
+
+def _step(step: Step) -> tuple[str, str]:
+    if isinstance(step, MergeLayers):
+        return (
+            f"{step.low}–{step.high}",
+            f"merged into one ({step.consolidation}; norms and biases: {step.other_parameters})",
+        )
+    if isinstance(step, DropLayers):
+        return ", ".join(map(str, step.layers)), "removed"
+    if isinstance(step, KeepHidden):
+        return "all", f"{len(step.indices):,} channels of the hidden state stay"
+    if isinstance(step, RefitOutput):
+        return str(step.layer), f"{step.group} refitted by least squares"
+    assert isinstance(step, KeepChannels)
+    unit = "KV groups" if step.group == "attention" else "MLP channels"
+    biased = ", a bias for the others" if step.bias else ""
+    return str(step.layer), f"{len(step.indices):,} {unit} stay{biased}"
+
+
+def _cell(text: str, best: bool = False) -> str:
+    return f"<strong>{escape(text)}</strong>" if best else escape(text)
+
+
+def _table(heads: Sequence[str], lines: Iterable[Sequence[str]], name: str) -> str:
+    """A table that scrolls by itself; its cells are escaped already, its heads are not."""
+    columns = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    rows = "".join(
+        f'<tr><th scope="row">{head}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for head, *cells in lines
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table class="{name}">'
+        f"<thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _paragraph(text: str, kind: str = "") -> str:
+    return f'<p class="{kind}">{escape(text)}</p>'
+
+
+def _figure(shown: str, content: bytes, kind: str) -> str:
+    data = base64.b64encode(content).decode()
+    return (
+        f'<figure><img alt="{escape(shown)}" src="data:image/{kind};base64,{data}">'
+        f"<figcaption>{escape(shown)}</figcaption></figure>"
+    )
+
+
+def _whole(parts: Iterable[str]) -> str:
+    return f'<div class="sight">{"".join(parts)}</div>'
