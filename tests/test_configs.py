@@ -13,6 +13,7 @@ from slm_pl import parts
 from slm_pl.cli import compare_parser, data_parser, main, sweep_parser
 from slm_pl.demo.command import demo_parser, label_models
 from slm_pl.estimate.command import estimate_parser
+from slm_pl.gguf_export import export_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(ROOT.glob("configs/quickstart*.yaml"))  # the others: test_published_configs.py
@@ -178,6 +179,8 @@ def test_readme_command_is_valid(command, capsys, monkeypatch):
         assert data_parser().parse_args(words[3:]).output
     elif words[:3] == ["python", "main.py", "demo"]:
         assert label_models(demo_parser().parse_args(words[3:]).models)
+    elif words[:3] == ["python", "main.py", "export"]:
+        assert export_parser().parse_args(words[3:]).to == "gguf"
     elif words[:3] == ["python", "main.py", "estimate"]:
         assert all((ROOT / path).is_file() for path in estimate_parser().parse_args(words[3:]).config)
     elif words[:3] == ["python", "main.py", "sweep"]:

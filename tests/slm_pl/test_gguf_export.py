@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import resource
 from pathlib import Path
 
 import gguf
@@ -372,6 +373,18 @@ def test_values_beyond_f16_leave_nothing_behind(tmp_path):
         write_gguf(export)
     assert {path.name for path in tmp_path.iterdir()} == {"export"}
     assert write_gguf(export, dtype="bf16").is_file()
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path):
+    export = pico_export(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UsageError, match=f"Cannot write to {tmp_path}: .* Give a directory on a disk that"):
+            write_gguf(export)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name for path in tmp_path.iterdir()} == {"export"}
 
 
 def test_command(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 from slm_pl.compression import surgery
 from slm_pl.compression.plan import Base, DropLayers, Method, Plan
 from slm_pl.export import save_compressed
+from slm_pl.gguf_export import export_parser
 from slm_pl.model_card import RESULTS_BEGIN, RESULTS_END, hub_id, model_card, with_results
 from tests.helpers.pico import pico_model
 from tests.helpers.tokenizer import pico_tokenizer
@@ -42,6 +43,10 @@ def test_other_programs_where_they_apply(model_type):
     card = card_of(model, plans)
     assert "vllm serve ." in card
     assert ("convert_hf_to_gguf.py" in card) is (model_type == "llama")
+    commands = [line for line in card.splitlines() if line.startswith("python main.py ")]
+    assert len(commands) == (model_type == "llama")
+    for command in commands:
+        assert export_parser().parse_args(command.split()[3:]).directory == "DIRECTORY"
     assert "vllm serve" not in model_card(model, plans, False, [], "float32", "int8")
 
 
