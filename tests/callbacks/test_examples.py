@@ -200,9 +200,9 @@ def test_code_of_a_checkpoint_runs_only_if_the_run_trusts_it(pico_dir, exports, 
     load = loading.load_model
     monkeypatch.setattr(loading, "load_model", lambda source, *rest: seen.append(source) or load(source, *rest))
     for trusts in (False, True):
-        module = make_module(pico_dir, max_new_tokens=1, trust_remote_code=trusts)
         said = pytest.warns(UserWarning, match="trust_remote_code is on") if trusts else contextlib.nullcontext()
         with said:
+            module = make_module(pico_dir, max_new_tokens=1, trust_remote_code=trusts)
             predict(tmp_path / str(trusts), GenerationExamples({"one": str(exports["one"])}), module)
     assert [source.trust_remote_code for source in seen] == [False, False, True, True]
 
