@@ -212,7 +212,7 @@ def _painter(models: "Sequence[DemoModel | Absent]") -> Callable[[], list[str]]:
         with lock:
             if not drawn:
                 drawn.extend(
-                    sights.layers_html(one.label, one.directory)
+                    sights.layers_html(one.label, one.directory, one.parameters)
                     if isinstance(one, DemoModel)
                     else f'<div class="sight"><p class="warning">{escape(one.reason)}</p></div>'
                     for one in models

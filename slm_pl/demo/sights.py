@@ -19,13 +19,13 @@ from slm_pl.compression.plan import (
     load_plans,
 )
 from slm_pl.errors import UsageError
+from slm_pl.layer_map import MAP, load_layer_map
 from slm_pl.pictures import load_figures, trace_pictures
 from slm_pl.report import tables
 from slm_pl.report.comparison import Comparison
 from slm_pl.report.pareto import pareto_plot
 
 _MOST_ROWS = 400
-_LARGEST = 8 * 2**20  # bytes of a picture that is shown
 
 
 def comparison_html(comparison: Comparison) -> str:
@@ -47,22 +47,24 @@ def comparison_html(comparison: Comparison) -> str:
     return _whole(parts)
 
 
-def layers_html(label: str, directory: Path | None) -> str:
+def layers_html(label: str, directory: Path | None, parameters: int | None = None) -> str:
     """What became of a model's layers.
 
     Args:
         label: The model's name.
         directory: Its export; None if it was not read from a directory.
+        parameters: How many it has.
     """
     if directory is None:
         return _whole([_paragraph(f"{label} was not read from a directory, so no plan is known.")])
     try:
         plans = load_plans(directory)
+        maps = load_layer_map(directory, parameters)
     except UsageError as error:
         return _whole([_paragraph(str(error), "warning")])
     if not plans:
         return _whole([_paragraph(f"{label} has no plan: it is a dense model, none of its layers were changed.")])
-    parts = [_figure("What became of each layer", content, kind) for content, kind in _layer_maps(directory)]
+    parts = [_figure("What became of each layer", maps[f"{MAP}.svg"], "svg+xml")]
     figures = load_figures(directory, len(plans))
     for number, plan in enumerate(plans, start=1):
         parts.append(f"<h3>{_numbered('Plan', number, plans)}</h3>" + _paragraph(_summary(plan)))
@@ -78,19 +80,6 @@ def layers_html(label: str, directory: Path | None) -> str:
 
 def _numbered(what: str, number: int, of: Sequence[object]) -> str:
     return what if len(of) == 1 else f"{what} {number} of {len(of)}"
-
-
-def _layer_maps(directory: Path) -> list[tuple[bytes, str]]:
-    """The layer maps that an export carries: each as SVG, or as PNG where there is no SVG of it."""
-    found: dict[str, tuple[bytes, str]] = {}
-    for kind, start in (("png", b"\x89PNG\r\n"), ("svg+xml", b"<")):
-        for path in sorted(directory.glob(f"layer_map*.{kind[:3]}")):
-            if path.is_symlink() or not path.is_file() or path.stat().st_size > _LARGEST:
-                continue
-            content = path.read_bytes()
-            if content.startswith(start):
-                found[path.stem] = content, kind
-    return list(found.values())
 
 
 def _summary(plan: Plan) -> str:

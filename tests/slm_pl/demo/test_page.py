@@ -266,7 +266,7 @@ def test_tables_and_pictures(page):
     loaded = "return Array.from(arguments[0].querySelectorAll('img'), (one) => [one.alt, one.naturalWidth > 100])"
     page.until(lambda: all(drawn for _, drawn in page.driver.execute_script(loaded, page.one("#layers_1"))))
     pictures = [alt for alt, _ in page.driver.execute_script(loaded, page.one("#layers_1"))]
-    assert pictures == ["What the search saw", "How alike the layers were before (CKA)"]
+    assert pictures == ["What became of each layer", "What the search saw", "How alike the layers were before (CKA)"]
     page.until(lambda: "There is no directory" in page.one("#layers_2").text)
 
 
