@@ -31,6 +31,8 @@ LEVELS = {
     "slm_pl.lifeline": 0,
     "slm_pl.sweep": 4,
     "slm_pl.demo": 4,
+    "slm_pl.trainer_cli": 5,
+    "slm_pl.commands": 5,
     "slm_pl.cli": 5,
     "slm_pl.__main__": 5,
     "callbacks": 6,

@@ -10,7 +10,8 @@ import yaml
 
 import callbacks
 from slm_pl import parts
-from slm_pl.cli import compare_parser, data_parser, main, sweep_parser
+from slm_pl.cli import main
+from slm_pl.commands import compare_parser, data_parser, sweep_parser
 from slm_pl.demo.command import demo_parser, label_models
 from slm_pl.estimate.command import estimate_parser
 from slm_pl.gguf_export import export_parser

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import callbacks
-from slm_pl import cli
+from slm_pl import cli, trainer_cli
 from slm_pl.compression import surgery
 from slm_pl.compression.architecture import decoder_layers
 from slm_pl.compression.plan import count_parameters
@@ -167,7 +167,7 @@ SLOW = "llama2_70b_sleb"  # the search of 8 layers of 80 takes half a minute to 
 def test_cost_on_paper(name, monkeypatch):
     """What ``estimate`` says of it agrees with what it removes, and fits on its GPUs."""
     monkeypatch.chdir(ROOT)
-    run = cli.whole_config("fit", str(CONFIGS[name].relative_to(ROOT)), names_data=False)
+    run = trainer_cli.whole_config("fit", str(CONFIGS[name].relative_to(ROOT)), names_data=False)
     give_ratio(run["ratio"], run["trainer"]["callbacks"])
     found = estimate(name, run)
     before, after = found.parameters

@@ -22,7 +22,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from slm_pl.cli import whole_config
 from slm_pl.compression.least_squares import fit_outputs
 from slm_pl.data import load_calibration, load_evaluation
 from slm_pl.data.corpora import joined
@@ -33,6 +32,7 @@ from slm_pl.evaluation.efficiency.memory import PeakMeter
 from slm_pl.evaluation.perplexity import perplexity
 from slm_pl.evaluation.zero_shot import zero_shot
 from slm_pl.loading import load_model, load_tokenizer, resolve
+from slm_pl.trainer_cli import whole_config
 from tests.benchmarks.search import MODEL
 from tests.benchmarks.zero_shot import timed
 

@@ -16,7 +16,16 @@ import yaml
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["slm_pl.cli", "callbacks", "transformers.models.llama", "peft", "datasets", "matplotlib", "lm_eval"]
+    [
+        "slm_pl.cli",
+        "slm_pl.trainer_cli",
+        "callbacks",
+        "transformers.models.llama",
+        "peft",
+        "datasets",
+        "matplotlib",
+        "lm_eval",
+    ]
 )
 # What changes a directory: a kill in front of any of them is one between two states of the disk.
 _CHANGES = (

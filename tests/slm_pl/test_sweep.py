@@ -22,7 +22,8 @@ from rich.console import Console
 
 import callbacks
 from slm_pl import identity
-from slm_pl.cli import check_run, main, sweep_parser
+from slm_pl.cli import main
+from slm_pl.commands import sweep_parser
 from slm_pl.errors import UsageError
 from slm_pl.lock import locked
 from slm_pl.report.rows import Cell as Figure
@@ -36,6 +37,7 @@ from slm_pl.sweep.record import Record, is_finished, prepare, steps_to_do
 from slm_pl.sweep.run import sweep
 from slm_pl.sweep.summary import summarise, write_summary
 from slm_pl.sweep.work import ProcessRunner, do_cell
+from slm_pl.trainer_cli import check_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(ROOT.glob("configs/sweeps/*.yaml"))

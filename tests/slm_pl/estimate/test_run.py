@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slm_pl import cli
+from slm_pl import cli, trainer_cli
 from slm_pl.compression.plan import count_parameters
 from slm_pl.errors import UsageError
 from slm_pl.estimate.run import QUESTIONS, estimate, gpus_of, strategy_of
@@ -89,7 +89,7 @@ def test_model_on_this_machine(capsys, pico):
 
 
 def run_of(path: Path) -> dict:
-    return cli.whole_config("fit", str(path), names_data=False)
+    return trainer_cli.whole_config("fit", str(path), names_data=False)
 
 
 def test_what_is_not_known_is_said(pico, tmp_path):
