@@ -34,7 +34,7 @@ quickstart: install  ## Prune SmolLM2-135M from 30 to 24 layers, recover, export
 	    --model.pretrained $(RUN)/pruned/export --trainer.default_root_dir $(RUN)/pruned
 	$(QUICKSTART) test --config configs/quickstart_dense.yaml --overwrite \
 	    --model.pretrained $(RUN)/recovered/export --trainer.default_root_dir $(RUN)/recovered
-	$(QUICKSTART) compare $(RUN)/*/results.json
+	$(QUICKSTART) compare $(RUN)/*/results.json --cards
 
 demo: $(VENV)/.demo  ## See the quickstart's models side by side in the browser
 	@test -d $(RUN)/pruned/export && test -d $(RUN)/recovered/export || \

@@ -1,6 +1,9 @@
 """Whatever a file holds: it is read, or refused with its name; never anything else, and never for long."""
 
+import contextlib
 import copy
+import io
+import itertools
 import json
 import os
 import random
@@ -15,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from callbacks import FLAP
+from slm_pl.cli import main
 from slm_pl.compression import surgery
 from slm_pl.compression.feasibility import check
 from slm_pl.compression.plan import Base, Calibration, DropLayers, KeepChannels, MergeLayers, Method, Plan, RefitOutput
@@ -31,7 +35,7 @@ from tests.helpers.records import record_of
 from tests.helpers.tokenizer import pico_tokenizer
 
 INPUTS = int(os.environ.get("SLM_PL_INPUTS", "40"))
-"""How many each test makes; there are 19 of them."""
+"""How many each test makes; there are 21 of them."""
 SLOW = settings(
     deadline=10_000,  # milliseconds: what hangs fails
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
@@ -127,6 +131,16 @@ CONFIG = {
     "data": {"path": "embedded", "calibration": {"samples": 2}},
     "trainer": {"max_steps": 1, "callbacks": [{"class_path": "callbacks.SLEB", "init_args": {"remove_layers": 1}}]},
 }
+SWEEP = {
+    "output_dir": "runs/x",
+    "model": {"pretrained": "x", "dtype": "float32"},
+    "data": {"path": "embedded", "calibration": {"samples": 2}},
+    "methods": {"sleb": {"class_path": "callbacks.SLEB"}, "two": [{"class_path": "callbacks.FLAP"}] * 2},
+    "ratios": [0.2],
+    "seeds": [1],
+    "measure": [{"class_path": "callbacks.Perplexity", "init_args": {"texts": [{"max_tokens": 512}]}}],
+    "recovery": {"trainer": {"max_steps": 1}},
+}
 ROW = {"instruction": "Say it", "input": "", "output": "it"}
 TOKENIZER = pico_tokenizer()
 
@@ -171,6 +185,26 @@ def read_prompts(path: Path) -> object:
     return refused_or_read(lambda: module._read_prompts(path))
 
 
+def read_sweep(path: Path) -> object:
+    return ended_well(["sweep", "--config", str(path), "--dry_run"])
+
+
+def ended_well(arguments: list[str]) -> object:
+    """What a command says; None if it refuses its arguments, in one message and without a traceback."""
+    said, failed, code = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(failed):
+        try:
+            main(arguments)
+        except SystemExit as done:
+            code = done.code
+    if code in (0, None):
+        return said.getvalue()
+    assert code in (1, 2)
+    assert failed.getvalue().count("error: ") == 1, failed.getvalue()
+    assert "Traceback" not in failed.getvalue()
+    return None
+
+
 def as_lines(rows: object) -> bytes:
     return b"\n".join(map(dump, rows if isinstance(rows, list) else [rows]))
 
@@ -189,6 +223,7 @@ FORMS = {
     "alpaca": ([ROW, ROW], dump, "alpaca.json", read_alpaca),
     "alpaca lines": ([ROW, ROW], as_lines, "alpaca.jsonl", read_alpaca),
     "prompts": ([ROW, ROW], as_lines, "prompts.jsonl", read_prompts),
+    "sweep": (SWEEP, dump, "sweep.yaml", read_sweep),
 }
 
 
@@ -224,6 +259,38 @@ def test_read_or_refused(name, how, tmp_path):
     read, refused = attack(name, how, INPUTS, tmp_path)
     assert refused > 0  # what is wrong is told
     assert read + refused >= INPUTS
+
+
+OPTIONS = [
+    *(
+        "--config",
+        "-c",
+        "--print_config",
+        "--no_such_option",
+        "--overwrite",
+        "--ratio",
+        "--ckpt_path",
+        "--weights_only",
+    ),
+    *("--model.pretrained", "--model.lora", "--model.lora.r", "--model.dtype", "--data", "--data.path", "--data.split"),
+    *("--trainer.max_steps", "--trainer.callbacks", "--trainer.callbacks+", "--trainer.devices", "--seed_everything"),
+    *("--trainer.default_root_dir", "--trainer.precision", "--config_version", "--baseline", "--to", "--output_dir"),
+]
+WORDS = (
+    SCALARS.map(str).map(lambda text: text.replace("\0", ""))  # no argument of a process holds it
+    | JSON.map(lambda value: dump(value).decode(errors="replace"))
+    | st.sampled_from(["callbacks.SLEB", "os.system", "slm_pl.data.AlpacaDataModule", "last", "16", "configs", "=", ""])
+)
+
+
+@settings(SLOW, max_examples=max(4, INPUTS // 10))
+@given(
+    st.sampled_from(["fit", "test", "prune", "compare", "estimate", "sweep", "export", "merge", ""]),
+    st.lists(st.tuples(st.sampled_from(OPTIONS), WORDS).map(list) | WORDS.map(lambda word: [word]), max_size=4),
+)
+def test_any_arguments_are_taken_or_refused_in_one_message(command, given):
+    last = {"compare": [], "estimate": [], "export": [], "sweep": ["--dry_run"]}  # these only read
+    ended_well([command, *itertools.chain(*given), *last.get(command, ["--print_config"])])
 
 
 @pytest.mark.parametrize(("form", "name"), [(PLAN, "plan.json"), (record_of("pruned", plan="ab"), "results.json")])
