@@ -4,9 +4,6 @@
   hundredth; *evaluation*: hundreds of times the hooks of ``test`` in one process. The memory of the process (resident,
   after the garbage was collected) is a straight line fitted to the second half: what it grows in a thousand steps or in
   a hundred evaluations.
-* *Tokenizers*: hundreds of times in one process, a tokenizer is loaded, cuts the same text, and is dropped: a part of
-  what an evaluation leaves. It is the word cache of ``tokenizers`` (0.23.3), which belongs to the thread, outlives the
-  tokenizer, and cannot be emptied from Python.
 * *Comparison*: ``compare`` of a thousand ``results.json``, in seconds.
 * *Rows*: the most anonymous memory (without what is mapped from files) of a process that reads and tokenises Alpaca
   files of 10,000 and of 100,000 rows, looked at every five milliseconds, above that of one that reads ten.
@@ -34,7 +31,6 @@ from rich.table import Table
 
 from slm_pl.cli import main as command
 from slm_pl.data import AlpacaDataModule
-from slm_pl.data.embedded import topic_texts
 from slm_pl.loading import load_tokenizer, resolve
 from tests.faults.processes import fit_config, measure_config, write, write_inputs
 from tests.helpers.records import record_of
@@ -104,25 +100,6 @@ def _evaluate(config: str, times: int, log: str) -> None:
         os.dup2(nothing.fileno(), 2)
         for number in range(1, times + 1):
             command(["test", "--config", config, "--overwrite"])
-            file.write(f"{number} {settled()}\n")
-
-
-def tokenizers(place: Path, times: int) -> list[tuple[int, int]]:
-    """Memory by number of tokenizers that were loaded, used and dropped."""
-    model, _ = write_inputs(place / "inputs")
-    log = place / "tokenizers.txt"
-    process = CONTEXT.Process(target=_tokenise, args=(model, times, str(log)))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    return [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
-
-
-def _tokenise(model: str, times: int, log: str) -> None:
-    text = "\n\n".join(topic_texts("heldout"))
-    with open(log, "w", buffering=1) as file:
-        for number in range(1, times + 1):
-            load_tokenizer(resolve(model))(text)
             file.write(f"{number} {settled()}\n")
 
 
@@ -215,7 +192,6 @@ def main() -> None:
         tried: list[tuple[str, int, Callable[[], str]]] = [
             ("optimizer steps", options.steps, lambda: _grown(training(place, options.steps), 1000)),
             ("evaluations", options.evaluations, lambda: _grown(evaluations(place, options.evaluations), 100)),
-            ("tokenizers", options.evaluations, lambda: _grown(tokenizers(place, options.evaluations), 100)),
             ("records compared", options.records, lambda: f"{comparison(place, options.records):.1f} s"),
             *(
                 (f"rows of a {suffix} file", number, lambda n=number, s=suffix: _read(*rows_memory(place, n, s)))

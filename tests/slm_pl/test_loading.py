@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slm_pl import files, loading
+from slm_pl.data.embedded import topic_texts
 from slm_pl.errors import UsageError
+from tests.benchmarks.endurance import MB, settled
 from tests.helpers.pico import pico_model
 from tests.helpers.run import IDS, logits_of
 from tests.helpers.tokenizer import pico_tokenizer
@@ -185,6 +187,22 @@ def test_padding_falls_back_to_end_of_sequence(pico_dir, tmp_path):
     loaded = loading.load_tokenizer(loading.resolve(str(tmp_path)))
     assert loaded.pad_token == "</s>"
     assert loaded.pad_token_id == loaded.eos_token_id == 1
+
+
+def test_tokenizers_that_are_dropped_leave_nothing(pico_dir, tmp_path):
+    pico_tokenizer().save_pretrained(tmp_path)
+    shutil.copy(pico_dir / "config.json", tmp_path)
+    source, text = loading.resolve(str(tmp_path)), "\n\n".join(topic_texts("heldout"))
+    cut = pico_tokenizer()(text).input_ids
+
+    def load_and_cut(times):
+        for _ in range(times):
+            assert loading.load_tokenizer(source)(text).input_ids == cut
+
+    load_and_cut(4)
+    before = settled()
+    load_and_cut(12)  # which left 10 MB with the words kept
+    assert settled() - before < 3 * MB
 
 
 def test_cache_directory(monkeypatch, tmp_path):
