@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from slm_pl.errors import UsageError
 
 _OWNED, _ASIDE = "by-", ".old"
 """In temporary names: in front of the host and process that write, and at the end of what stepped aside."""
+_LONG = 7 * 24 * 3600  # seconds
 
 
 def cache_directory() -> Path:
@@ -54,7 +56,9 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     with scratch(path) as temporary:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
+        sync(temporary)
         os.replace(temporary, path)
+    sync_entries(Path(path).parent)
 
 
 @contextlib.contextmanager
@@ -129,11 +133,14 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         UsageError: As :func:`check_output_directory`.
     """
     path = Path(path)
+    if path.is_symlink():  # where it leads is replaced, on the disk that it is on
+        path = path.resolve()
     check_output_directory(path, overwrite)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
+        sync(temporary)
         if overwrite and path.exists():
             # A directory cannot be replaced in one step: the old one steps aside first.
             aside = temporary.with_name(f"{temporary.name}{_ASIDE}")
@@ -146,6 +153,7 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
             shutil.rmtree(aside)
         else:
             os.replace(temporary, path)  # fails if another process has filled the directory in the meantime
+        sync_entries(path.parent)
     except Exception as error:
         if disk_failure(error) is None:
             raise
@@ -154,28 +162,57 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sync(path: Path) -> None:
+    """Has the disk write a file, or all that is in a directory, so that it outlasts a power failure, too."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            sync(inside)
+        sync_entries(path)
+        return
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_entries(directory: Path) -> None:
+    """The same for the names in a directory; some file systems have no such thing."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def remove_abandoned(path: Path) -> None:
-    """Removes what processes that were killed, here and since the last boot, had begun to write in the place of a path.
+    """Removes what processes that were killed had begun to write in the place of a path.
 
-    A directory that had stepped aside for its successor when that happened goes back.
+    Of this host, since its last boot, it is known which have ended; what others left goes when nothing in it has changed
+    for a week. A directory that had stepped aside for its successor goes back wherever that was.
     """
-    own_host = f".{path.name}.{_OWNED}{_place()}-"
-    for left in path.parent.glob(f"{glob.escape(own_host)}*"):
-        number = left.name.removeprefix(own_host).partition(".")[0]
-        if not number.isdecimal() or not ended(socket.gethostname(), int(number)):
-            continue
+    begun = f".{path.name}.{_OWNED}"
+    own = f"{begun}{_place()}-"
+    for left in path.parent.glob(f"{glob.escape(begun)}*"):
+        number = left.name.removeprefix(own).partition(".")[0]
+        ours = left.name.startswith(own) and number.isdecimal()
+        ended = _ended(int(number)) if ours else None
         with contextlib.suppress(OSError):
-            if left.name.endswith(_ASIDE) and not path.exists():
+            if left.name.endswith(_ASIDE) and not path.exists() and ended is not False:
                 os.replace(left, path)
-            elif left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
+            elif ended if ended is not None else _age(left) > _LONG:
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
 
 
-def ended(host: str, number: int) -> bool:
-    """Whether a process of this host has ended; of another host nobody here can tell."""
-    if host != socket.gethostname() or number == os.getpid():
+def _age(path: Path) -> float:
+    """Seconds since something was made, changed or removed in a file or directory."""
+    return time.time() - max(one.lstat().st_mtime for one in [path, *path.rglob("*")])
+
+
+def _ended(number: int) -> bool:
+    """Whether a process of this host, and of this container, has ended."""
+    if number == os.getpid():
         return False
     try:
         os.kill(number, 0)

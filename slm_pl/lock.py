@@ -121,6 +121,6 @@ def _taken(path: Path, what: str, option: str) -> UsageError:
         record = json.loads(path.read_text(encoding="utf-8"))
         who = f"process {int(record['pid'])} on {str(record['host'])[:100]}"
     return UsageError(
-        f"Another {what} works in {path.parent}: {who}. Wait for it, or give another {option}. If its machine went down "
-        f"and the file system still keeps the lock for it, remove {path} and run this again."
+        f"Another {what} works in {path.parent}: {who}. Wait for it, or give another {option}. If its machine went "
+        f"down and the file system still keeps the lock for it, remove {path} and run this again."
     )

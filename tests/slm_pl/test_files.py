@@ -1,5 +1,8 @@
 import os
+import socket
 import stat
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -178,3 +181,74 @@ def test_what_appears_meanwhile_is_not_replaced_unasked(tmp_path):
     with pytest.raises(UsageError, match="Directory not empty"):
         race()
     assert content(tmp_path) == {"export/a": "of another process"}
+
+
+def test_what_killed_writers_left_is_removed_and_what_stepped_aside_goes_back(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = files._place()
+    assert host.startswith(f"{socket.gethostname()}-")
+    for number, name in ((ended.pid, "killed"), (os.getppid(), "alive")):
+        (tmp_path / f".t.txt.by-{host}-{number}.{name}").write_text("half")
+        (tmp_path / f".export.by-{host}-{number}.{name}").mkdir()
+    (tmp_path / f".t.txt.by-another-{ended.pid}.far").write_text("half")
+    container = f"{socket.gethostname()}-0000aaaa-1"  # the same name, other processes
+    (tmp_path / f".t.txt.by-{container}-{ended.pid}.near").write_text("half")
+    aside = tmp_path / f".export.by-{host}-{ended.pid}.x.old"
+    aside.mkdir()
+    (aside / "config.json").write_text("old")
+    old = tmp_path / ".t.txt.by-another-7.long_ago"
+    old.write_text("half")
+    os.utime(old, (time.time() - 8 * 24 * 3600,) * 2)
+    files.write_text(tmp_path / "t.txt", "new")
+    left = sorted(path.name for path in tmp_path.glob(".t.txt*"))
+    others = [f".t.txt.by-another-{ended.pid}.far", f".t.txt.by-{container}-{ended.pid}.near"]
+    assert left == sorted([*others, f".t.txt.by-{host}-{os.getppid()}.alive"])
+    with pytest.raises(RuntimeError, match="boom"), files.new_directory(tmp_path / "export", overwrite=True):
+        raise RuntimeError("boom")
+    assert (tmp_path / "export" / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.glob(".export*")] == [f".export.by-{host}-{os.getppid()}.alive"]
+
+
+def test_what_stepped_aside_goes_back_also_after_a_restart(tmp_path):
+    aside = tmp_path / f".export.by-{files._place()[:-1]}x-{os.getppid()}.x.old"
+    aside.mkdir()
+    (aside / "config.json").write_text("old")
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        files.check_output_directory(tmp_path / "export", overwrite=False)
+    assert content(tmp_path) == {"export/config.json": "old"}
+
+
+def test_a_link_to_a_directory_stays_one(tmp_path):
+    elsewhere = tmp_path / "scratch" / "export"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "a").write_text("old")
+    (tmp_path / "run").mkdir()
+    link = tmp_path / "run" / "export"
+    link.symlink_to(elsewhere)
+    fill(link, "b", "new", overwrite=True)
+    assert link.is_symlink()
+    assert content(elsewhere) == {"b": "new"}
+    assert [path.name for path in (*elsewhere.parent.iterdir(), *link.parent.iterdir())] == ["export", "export"]
+
+
+def test_what_has_its_proper_name_is_on_the_disk(tmp_path, monkeypatch):
+    """Not only in memory: a power failure may come right after the move."""
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_sync(handle):
+        calls.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name.partition(".by-")[0])
+        fsync(handle)
+
+    def note_move(source, target):
+        calls.append(f"move {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_move)
+    files.write_text(tmp_path / "t.txt", "new")
+    assert calls == [".t.txt", "move t.txt", tmp_path.name]
+    calls.clear()
+    fill(tmp_path / "export", "a", "new")
+    assert calls == ["a", ".export", "move export", tmp_path.name]

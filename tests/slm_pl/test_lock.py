@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from slm_pl import files
 from slm_pl.errors import UsageError
 from slm_pl.lock import locked
 from tests.helpers.run import Drop, alpaca_data, make_module, make_trainer
-
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -68,7 +66,9 @@ def test_a_run_keeps_others_out_from_its_set_up_to_its_end(pico_dir, tmp_path):
     assert not (run / ".lock").exists()
     with another(run) as (process, _):
         before = {path.name: path.read_bytes() for path in run.iterdir()}
-        with pytest.raises(UsageError, match=f"Another run works in {run}: process {process.pid} on .*default_root_dir"):
+        with pytest.raises(
+            UsageError, match=f"Another run works in {run}: process {process.pid} on .*default_root_dir"
+        ):
             make_trainer(run, Drop([1])).prune(make_module(pico_dir), alpaca_data(tmp_path))
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
         process.kill()
@@ -121,30 +121,6 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="keeps no locks"), locked(tmp_path):
         assert (tmp_path / ".lock").exists()
     assert not (tmp_path / ".lock").exists()
-
-
-def test_what_killed_writers_left_is_removed_and_what_stepped_aside_goes_back(tmp_path):
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    host = files._place()
-    assert host.startswith(f"{socket.gethostname()}-")
-    for number, name in ((ended.pid, "killed"), (os.getppid(), "alive")):
-        (tmp_path / f".t.txt.by-{host}-{number}.{name}").write_text("half")
-        (tmp_path / f".export.by-{host}-{number}.{name}").mkdir()
-    (tmp_path / f".t.txt.by-another-{ended.pid}.far").write_text("half")
-    container = f"{socket.gethostname()}-0000aaaa-1"  # the same name, other processes
-    (tmp_path / f".t.txt.by-{container}-{ended.pid}.near").write_text("half")
-    aside = tmp_path / f".export.by-{host}-{ended.pid}.x.old"
-    aside.mkdir()
-    (aside / "config.json").write_text("old")
-    files.write_text(tmp_path / "t.txt", "new")
-    left = sorted(path.name for path in tmp_path.glob(".t.txt*"))
-    others = [f".t.txt.by-another-{ended.pid}.far", f".t.txt.by-{container}-{ended.pid}.near"]
-    assert left == sorted([*others, f".t.txt.by-{host}-{os.getppid()}.alive"])
-    with pytest.raises(RuntimeError, match="boom"), files.new_directory(tmp_path / "export", overwrite=True):
-        raise RuntimeError("boom")
-    assert (tmp_path / "export" / "config.json").read_text() == "old"
-    assert [path.name for path in tmp_path.glob(".export*")] == [f".export.by-{host}-{os.getppid()}.alive"]
 
 
 def test_two_runs_of_one_process_and_a_lock_that_could_not_be_filled(tmp_path, monkeypatch):
