@@ -1,7 +1,7 @@
 """Distance from the dense model on held-out text, as a test hook."""
 
 import contextlib
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -135,22 +135,30 @@ class Drift(PlanObserver, EarlyCheck):
 
     def _dense(self, module: CausalLM) -> list[object]:
         """The name of the dense model, and what tells its content."""
-        base = module.plans[0].base if self.reference is None else None
-        name, revision = (base.pretrained, base.revision) if base is not None else (cast(str, self.reference), None)
+        name, revision = self._named(module)
         location = name
         with contextlib.suppress(UsageError):  # it is gone, which the measurement tells
-            location = loading.resolve(name, revision, module.source.trust_remote_code).location
+            location = loading.resolve(name, revision).location
         return [name, identity.model_content(location, revision)]
+
+    def _named(self, module: CausalLM) -> tuple[str, str | None]:
+        """The dense model and its revision."""
+        if self.reference is not None:
+            return self.reference, None
+        base = module.plans[0].base
+        return base.pretrained, base.revision
 
     def _load(self, module: CausalLM, model: "PreTrainedModel") -> list[Reference]:
         """Loads the dense model in the dtype of the compressed one, asks it and forgets it."""
         base = module.plans[0].base if self.reference is None else None
-        name, revision = (base.pretrained, base.revision) if base is not None else (cast(str, self.reference), None)
+        name, revision = self._named(module)
+        # A plan may be a stranger's: that the user trusts the code of one model does not let it choose another.
+        trusted = module.source.trust_remote_code and name in (self.reference, module.pretrained)
         dtype = str(model.dtype).removeprefix("torch.")
         attention = getattr(model.config, "_attn_implementation", None)
 
         def load() -> "PreTrainedModel":
-            source = loading.resolve(name, revision, module.source.trust_remote_code)
+            source = loading.resolve(name, revision, trusted)
             return loading.load_model(source, dtype, attention)  # type: ignore[arg-type]
 
         try:

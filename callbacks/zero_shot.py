@@ -1,7 +1,6 @@
 """Zero-shot accuracy, as a test hook."""
 
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.base import EarlyCheck, on_first_rank
 from slm_pl import files, identity
-from slm_pl.evaluation.harness import SEVEN_TASKS, Shots, check_tasks
+from slm_pl.evaluation.harness import SEVEN_TASKS, Shots, check_tasks, task_content
 from slm_pl.evaluation.zero_shot import Samples, ZeroShotResult, check_arguments, zero_shot
 from slm_pl.module import CausalLM
 
@@ -92,10 +91,10 @@ class ZeroShot(EarlyCheck):
                 cache=self.cache,
             )
 
-        named = [path for path in (*self.tasks, self.local_data) if path is not None and os.path.exists(path)]
         asked = {
             "tasks": self.tasks,
-            "files": [identity.content_of(path) for path in named],
+            "files": [task_content(task) for task in self.tasks if task.endswith((".yaml", ".yml"))],
+            "data": None if self.local_data is None else identity.content_of(self.local_data),
             "protocol": [self.limit, self.batch_size, self.num_fewshot, self.chat_template, self.log_samples],
         }
         results.zero_shot = pl_module.once(asked, ZeroShotResult, measure)

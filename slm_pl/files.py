@@ -1,6 +1,7 @@
 """Files and directories that are either whole or absent."""
 
 import contextlib
+import functools
 import glob
 import os
 import re
@@ -186,7 +187,7 @@ def sync_entries(directory: Path) -> None:
 def remove_abandoned(path: Path) -> None:
     """Removes what processes that were killed had begun to write in the place of a path.
 
-    Of this host, since its last boot, it is known which have ended; what others left goes when nothing in it has changed
+    Of this host, since its last boot, it is known which have ended; what others left goes when nothing in it changed
     for a week. A directory that had stepped aside for its successor goes back wherever that was.
     """
     begun = f".{path.name}.{_OWNED}"
@@ -240,7 +241,8 @@ def _prefix(path: Path) -> str:
 def check_archive(path: str | os.PathLike[str], advice: str) -> None:
     """Refuses a file of ``torch.save`` that is not as it was written, before anything is read from it.
 
-    It is a zip archive with a checksum for each tensor, which torch does not look at.
+    It is a zip archive with a checksum for each tensor, which torch does not look at. A file that has not changed since
+    this process looked at it is not read again.
 
     Args:
         path: The file.
@@ -250,13 +252,24 @@ def check_archive(path: str | os.PathLike[str], advice: str) -> None:
         UsageError: If it is damaged.
     """
     try:
+        about = os.stat(path)
+        flaw = _flaw(os.path.realpath(path), about.st_size, about.st_mtime_ns, about.st_ino)
+    except OSError as error:
+        flaw = str(error)
+    if flaw is not None:
+        raise UsageError(f"The checkpoint {path} is damaged ({flaw}). {advice}")
+
+
+@functools.lru_cache(maxsize=256)
+def _flaw(path: str, size: int, time_ns: int, number: int) -> str | None:
+    """What is wrong with an archive; size, time and inode tell whether it is still the same."""
+    try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-        torch._C.PyTorchFileReader(os.fspath(path))  # which is more particular about some fields
+        torch._C.PyTorchFileReader(path)  # which is more particular about some fields
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise UsageError(f"The checkpoint {path} is damaged ({error}). {advice}") from error
-    if bad is not None:
-        raise UsageError(f"The checkpoint {path} is damaged (its part {bad}). {advice}")
+        return str(error)
+    return None if bad is None else f"its part {bad}"
 
 
 def disk_failure(error: BaseException) -> str | None:

@@ -1,6 +1,5 @@
 """``main.py export --to gguf``: a compressed Llama as one file for llama.cpp."""
 
-import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,7 +16,16 @@ from slm_pl.compression.plan import load_plans
 from slm_pl.console import progress
 from slm_pl.errors import UsageError
 from slm_pl.gguf_tokenizer import read_vocabulary, write_vocabulary
-from slm_pl.loading import Source, empty_model, incomplete, load_tokenizer, read_config, resolve, unreadable
+from slm_pl.loading import (
+    Source,
+    empty_model,
+    incomplete,
+    load_tokenizer,
+    read_config,
+    resolve,
+    unreadable,
+    weight_files,
+)
 from slm_pl.model_card import public_name
 from slm_pl.quantization import quantization_of
 from slm_pl.sums import check_sums
@@ -180,13 +188,11 @@ class _Tensors:
         }
         self._files: dict[str, Any] = {}
         try:
-            index = source.directory / "model.safetensors.index.json"
-            names = ["model.safetensors"]
-            if index.is_file():
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            for name in names:
-                file = stack.enter_context(safe_open(source.directory / name, framework="pt"))
+            for path in weight_files(source.directory):
+                file = stack.enter_context(safe_open(path, framework="pt"))
                 self._files |= dict.fromkeys(file.keys(), file)
+        except UsageError:
+            raise
         except Exception as error:
             raise unreadable(source, "model", error) from error
         # Of tied weights, each tensor comes once, under the name of the embedding; llama.cpp takes that for the head.

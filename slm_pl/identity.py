@@ -33,7 +33,7 @@ def parts_of(command: str, config: Section) -> dict[str, str]:
         "program": f"{slm_pl.__version__} {sources()}",
         "versions": ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
         "config": digest([command, config]),
-        "files": digest(list(_files(config))),
+        "files": digest(list(files_in(config))),
     }
 
 
@@ -88,14 +88,14 @@ def _changed(before: str, now: str) -> str:
     return ", ".join(f"{name} {old.get(name, '?')} -> {new[name]}" for name in new if old.get(name) != new[name])
 
 
-def _files(value: Any, key: str = "") -> Iterator[tuple[str, object]]:
+def files_in(value: Any, key: str = "") -> Iterator[tuple[str, object]]:
     """The names of files and directories in a config, and what tells their content."""
     if isinstance(value, dict):
         for name, one in value.items():
-            yield from _files(one, name)
+            yield from files_in(one, name)
     elif isinstance(value, list):
         for one in value:
-            yield from _files(one, key)
+            yield from files_in(one, key)
     elif isinstance(value, str) and os.path.isfile(value):
         yield value, content(value)
     elif isinstance(value, str) and key in _DIRECTORIES and os.path.isdir(value):

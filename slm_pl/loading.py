@@ -107,6 +107,7 @@ def load_model(
 
     config = read_config(source)
     if source.directory is not None:
+        _check_directory(source.directory)
         check_sums(source.directory)
     check_quantization(config, source.pretrained, quantization)
     try:
@@ -130,8 +131,47 @@ def load_model(
     except Exception as error:  # a broken file ends in any of them: SafetensorError, KeyError, struct.error, …
         raise unreadable(source, "model", error) from error
     model = _complete(loaded, source.pretrained)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _adapters_in(source.pretrained)
     model.config._name_or_path = source.pretrained
     return model
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights; none of them is outside of its directory.
+
+    Raises:
+        UsageError: If ``model.safetensors.index.json`` is damaged or names others.
+    """
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return [directory / "model.safetensors"]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{index} is damaged ({type(error).__name__}: {error}). Get the checkpoint again.") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UsageError(
+                f"{index} says that weights are in {str(name)[:200]!r}; allowed are names of .safetensors files beside "
+                "it. Get the checkpoint again."
+            )
+    return [directory / name for name in sorted(names)]
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuses what would have transformers load something else than the weights of this directory."""
+    weight_files(directory)
+    if (directory / "adapter_config.json").is_file():
+        raise _adapters_in(str(directory))
+
+
+def _adapters_in(pretrained: str) -> UsageError:
+    return UsageError(
+        f"{pretrained} has adapters (adapter_config.json), which would be added to whatever model they name. Merge "
+        "them into the weights (peft: merge_and_unload, then save_pretrained to a new directory), or remove their "
+        "files."
+    )
 
 
 def read_config(source: Source) -> "PreTrainedConfig":

@@ -5,7 +5,6 @@ this file but :func:`load_trained`. FSDP divides weights too; nothing here loads
 """
 
 import copy
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -157,14 +156,11 @@ def _open(source: loading.Source, stack: ExitStack) -> dict[str, Any]:
 
     stored: dict[str, Any] = {}
     try:
-        directory = _directory(source)
-        files = {"model.safetensors"}
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for name in sorted(files):
-            file = stack.enter_context(safe_open(directory / name, framework="pt"))
+        for path in loading.weight_files(_directory(source)):
+            file = stack.enter_context(safe_open(path, framework="pt"))
             stored |= dict.fromkeys(file.keys(), file)
+    except UsageError:
+        raise
     except Exception as error:
         raise loading.unreadable(source, "model", error) from error
     return stored

@@ -57,17 +57,12 @@ class _Signals(_SignalConnector):
 
 
 class _Alone(pl.Callback):
-    """Keeps other runs out of the run directory, from before any other callback's set-up to the end of the run."""
-
-    def __init__(self, held: contextlib.ExitStack) -> None:
-        self._held = held
+    """Has the first rank begin the run, before any other callback's set-up; where that is refused, all end."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """On the first rank; where it is refused, all end."""
-        directory = str(trainer.default_root_dir)
-        if "://" not in directory:
-            first = trainer.is_global_zero
-            agreed(lambda: self._held.enter_context(locked(Path(directory))) if first else None)
+        """Of one process, the run has begun already: before its loggers made their files."""
+        assert isinstance(trainer, Trainer)
+        agreed(lambda: trainer.begin() if trainer.is_global_zero else None)
 
 
 class TrainedCallback(pl.Callback, ABC):
@@ -108,8 +103,8 @@ class Trainer(pl.Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._signal_connector = _Signals(self)
-        self._held = contextlib.ExitStack()
-        self.callbacks.insert(0, _Alone(self._held))  # type: ignore[attr-defined]
+        self._held: contextlib.ExitStack | None = None
+        self.callbacks.insert(0, _Alone())  # type: ignore[attr-defined]
         for callback in self.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 # Lightning's would be one of the logger's version, where the next run does not look.
@@ -136,10 +131,38 @@ class Trainer(pl.Trainer):
         found = [Path(directory) for directory in own if directory]
         return found or [Path(self.default_root_dir) / "checkpoints"]
 
+    def _checkpoints(self) -> list[Path]:
+        """Whole checkpoints, of this run or an earlier one."""
+        return [path for directory in self.checkpoint_directories for path in directory.glob("[!.]*.ckpt")]
+
+    def begin(self) -> None:
+        """Keeps other runs out of the run directory until this one ends, and puts away what it would take for its own.
+
+        Called on the first rank; again in the same run, it does nothing.
+
+        Raises:
+            UsageError: If another run works there, or a fit that begins anew finds checkpoints and may not remove them.
+        """
+        directory = os.fspath(self.default_root_dir)
+        if self._held is None or "://" in directory:
+            return
+        held, self._held = self._held, None
+        held.enter_context(locked(Path(directory)))
+        if self.state.fn != TrainerFn.FITTING or self.ckpt_path is not None or self.resuming:
+            return
+        # A directory of checkpoints that lies elsewhere may be that of several runs.
+        found = [path for path in self._checkpoints() if path.resolve().is_relative_to(Path(directory).resolve())]
+        if found and not self.overwrite:
+            raise UsageError(
+                f"{found[0]} is a checkpoint of an earlier run. Pass --ckpt_path last to go on with that run, "
+                "--overwrite to remove its checkpoints and begin anew, or another --trainer.default_root_dir."
+            )
+        for path in found:
+            _remove(path)
+
     def newest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint of this run directory, best or last; None if there is none."""
-        found = [path for directory in self.checkpoint_directories for path in directory.glob("[!.]*.ckpt")]
-        found = [path for path in found if path.exists()]  # a link may lead nowhere
+        found = [path for path in self._checkpoints() if path.exists()]  # a link may lead nowhere
         newest_first = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
         return next(
             (path for path in newest_first if path.is_dir() or "optimizer_states" in read_checkpoint(path, mmap=True)),
@@ -165,10 +188,17 @@ class Trainer(pl.Trainer):
             for left in path.parent.glob(f".*{PARTIAL}"):  # of a run that was killed
                 _remove(left)
         self.strategy.barrier("before a checkpoint")
+        # As Lightning does it, but where the first rank cannot write, the others do not wait for it.
+        with self.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
+            content = self._checkpoint_connector.dump_checkpoint(weights_only)
+            agreed(lambda: self._write(content, partial, path, storage_options))
+            agreed(lambda: _replace(partial, path) if self.is_global_zero else None)
+
+    def _write(self, content: dict[str, Any], partial: Path, path: Path, storage_options: Any) -> None:
         try:
-            super().save_checkpoint(partial, weights_only, storage_options)
+            self.strategy.save_checkpoint(content, partial, storage_options=storage_options)
             if self.is_global_zero:
-                _replace(partial, path)
+                files.sync(partial)
         except Exception as error:
             reason = files.disk_failure(error)
             if reason is None:
@@ -180,7 +210,6 @@ class Trainer(pl.Trainer):
                 f"The checkpoint {path} could not be written: {reason}. Those that were written before are whole. Make "
                 "room, then run the same command with --ckpt_path last."
             ) from error
-        self.strategy.barrier("after a checkpoint")
 
     def stop_with_checkpoint(self) -> None:
         """Ends the run after a signal, on all ranks.
@@ -280,7 +309,9 @@ class Trainer(pl.Trainer):
                 check_checkpoint(Path(ckpt_path))
         self.stop_signal = None
         self._signal_connector.register_signal_handlers()
-        with self._held:
+        with contextlib.ExitStack() as self._held:
+            if self.world_size == 1:
+                self.begin()
             return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
 
@@ -295,12 +326,14 @@ def _replace(partial: Path, path: Path) -> None:
         if partial.is_dir():
             path.unlink(missing_ok=True)
         os.replace(partial, path)
+        files.sync_entries(path.parent)
         return
     # A directory cannot be replaced in one step: the old one steps aside, under a name that is found, too.
     aside = previous(path)
     _remove(aside)
     os.replace(path, aside)
     os.replace(partial, path)
+    files.sync_entries(path.parent)
     _remove(aside)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slm_pl import identity
 from slm_pl.errors import UsageError
 from slm_pl.evaluation._surroundings import quiet, same_random_state
 
@@ -280,6 +281,15 @@ def _name_in(path: Path) -> str:
             "is needed."
         )
     return name
+
+
+def task_content(path: str) -> list[object]:
+    """What tells the content of a task file that the user made: its includes, functions and data files with it."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(Path(path).resolve(), resolve_func=False)
+    functions = identity.contents(Path(path).resolve().parent, ("*.py",))
+    return [json.dumps(config, sort_keys=True, default=str), functions, list(identity.files_in(config))]
 
 
 def _load(names: list[str], folder: Path, local_data: str | None, num_fewshot: Shots) -> LoadedTasks:

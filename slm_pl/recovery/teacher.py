@@ -62,7 +62,8 @@ class Teacher:
             source = loading.resolve(settings.teacher, None, source.trust_remote_code)
         elif plans and plans[0].base.pretrained != source.pretrained:
             base = plans[0].base
-            source = loading.resolve(base.pretrained, base.revision, source.trust_remote_code)
+            # A plan may be a stranger's: that the user trusts the code of one model does not let it choose another.
+            source = loading.resolve(base.pretrained, base.revision)
         dtype = str(student.dtype).removeprefix("torch.")
         attention = getattr(student.config, "_attn_implementation", None)
         model = loading.load_model(source, dtype, attention)  # type: ignore[arg-type]

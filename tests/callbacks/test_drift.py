@@ -79,6 +79,19 @@ def test_the_dense_model_is_asked_before_it_is_compressed(pico_dir, tmp_path, mo
             assert (ours.sha256, ours.stride, ours.tokens) == (theirs.sha256, theirs.stride, theirs.tokens)
 
 
+def test_trust_in_a_model_is_not_trust_in_the_one_that_its_plan_names(pico_dir, tmp_path, monkeypatch):
+    export = exported(pico_dir, tmp_path / "prune", Drop([1]))
+    seen = []
+    load = callbacks.drift.loading.load_model
+    monkeypatch.setattr(callbacks.drift.loading, "load_model", lambda *a: seen.append(a[0]) or load(*a))
+    for name, reference in (("plans", None), ("ours", str(pico_dir))):
+        with pytest.warns(UserWarning, match="trust_remote_code is on"):
+            record_of(tmp_path / name, export, Drift(TEXTS[:1], reference=reference), trust_remote_code=True)
+    tested, plans, again, ours = seen
+    assert (tested.pretrained, plans.pretrained, ours.pretrained) == (str(export), str(pico_dir), str(pico_dir))
+    assert [one.trust_remote_code for one in (tested, plans, again, ours)] == [True, False, True, True]
+
+
 def test_the_loaded_dense_model_is_freed_before_the_measurement(pico_dir, tmp_path, monkeypatch):
     seen, alive = [], []
     load, measure = callbacks.drift.loading.load_model, callbacks.drift.drift

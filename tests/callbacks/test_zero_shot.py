@@ -5,6 +5,7 @@ import pytest
 from callbacks import ZeroShot
 from slm_pl.errors import UsageError
 from slm_pl.evaluation import EMBEDDED_TASK
+from slm_pl.evaluation.harness import task_content
 from tests.helpers.run import Drop, alpaca_data, make_module, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,3 +47,30 @@ def test_impossible_numbers_are_told_when_the_configuration_is_read():
         ZeroShot(num_fewshot=-1)
     with pytest.raises(UsageError, match="limit 0"):
         ZeroShot(limit=0)
+
+
+def test_a_task_file_is_known_by_all_that_it_is_made_of(tmp_path):
+    folder, data = tmp_path / "tasks", tmp_path / "data.jsonl"
+    folder.mkdir()
+    files = {
+        data: '{"text": "a"}',
+        folder / "base.yaml": "doc_to_text: '{{text}}'\n",
+        folder / "utils.py": "def shorten(doc):\n    return doc\n",
+        folder / "mine.yaml": "task: mine\ninclude: base.yaml\nprocess_docs: !function utils.shorten\n"
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{validation: {data}}}}}\n",
+    }
+    for path, text in files.items():
+        path.write_text(text)
+    before = task_content(str(folder / "mine.yaml"))
+    assert task_content(str(folder / "mine.yaml")) == before
+    changes = {
+        "data.jsonl": ("a", "b"),
+        "base.yaml": ("text", "body"),
+        "utils.py": ("doc", "one"),
+        "mine.yaml": ("json", "csv"),
+    }
+    for path, text in files.items():
+        path.write_text(text.replace(*changes[path.name]))
+        assert task_content(str(folder / "mine.yaml")) != before, path
+        path.write_text(text)
+    assert task_content(str(folder / "mine.yaml")) == before

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -134,6 +135,36 @@ def test_pickled_weights_are_refused(copy, tmp_path):
     assert not (tmp_path / "ran").exists()
     torch.save(pico_model().state_dict(), copy / "pytorch_model.bin")  # a harmless one, too
     with pytest.raises(UsageError, match="no file named model.safetensors"):
+        loading.load_model(loading.resolve(str(copy)))
+
+
+@pytest.mark.parametrize(
+    ("written", "refused"),
+    [
+        ("../outside/w.safetensors", "says that weights are in '../outside/w.safetensors'"),
+        ("{tmp}/outside/w.safetensors", "says that weights are in '/"),
+        ("..", "says that weights are in '..'"),
+        ("pytorch_model.bin", "says that weights are in 'pytorch_model.bin'"),
+        (7, "says that weights are in '7'"),
+        ([1], "is damaged .TypeError"),
+    ],
+)
+def test_weights_outside_of_the_directory_are_refused(written, refused, copy, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (copy / WEIGHTS).rename(tmp_path / "outside" / "w.safetensors")
+    named = written.format(tmp=tmp_path) if isinstance(written, str) else written
+    places = dict.fromkeys(load_file(tmp_path / "outside" / "w.safetensors"), named)
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    source = loading.resolve(str(copy))
+    for load in (loading.load_model, lambda source: loading.weight_files(source.directory)):
+        with pytest.raises(UsageError, match=f"{copy}/model.safetensors.index.json {refused}"):
+            load(source)
+
+
+def test_adapters_beside_the_weights_are_refused(copy):
+    model = peft.get_peft_model(pico_model(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model.save_pretrained(copy)
+    with pytest.raises(UsageError, match=f"{copy} has adapters .*Merge them into the weights"):
         loading.load_model(loading.resolve(str(copy)))
 
 
