@@ -335,7 +335,11 @@ def _load_tensors(path: Path, expected: str) -> dict[str, Tensor]:
             f"The plan needs the tensors in {path}, which cannot be read ({error}). Keep both files together."
         ) from error
     if tensors_fingerprint(tensors) != expected:
-        raise UsageError(f"The tensors in {path} are not those that the plan beside it was made with.")
+        raise UsageError(
+            f"The tensors in {path} are not those that the plan beside it was made with; a run may have been stopped "
+            "between writing the one and the other. Get both from where they came from, or remove both and have the "
+            "plan made again."
+        )
     return tensors
 
 

@@ -1,0 +1,113 @@
+"""What a run does to what an earlier one left, and what its ranks do when one of them cannot write."""
+
+import os
+import re
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+
+from slm_pl import files
+from slm_pl.errors import UsageError
+from slm_pl.lock import locked
+from slm_pl.trainer import read_checkpoint
+from tests.helpers.pico import pico_model
+from tests.helpers.ranks import under_torchrun
+from tests.helpers.run import alpaca_data, make_module, make_trainer
+from tests.helpers.tokenizer import pico_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def last() -> pl.callbacks.ModelCheckpoint:
+    return pl.callbacks.ModelCheckpoint(filename="last", every_n_train_steps=1)
+
+
+def fit(pico_dir, run: Path, rate: float, steps: int = 2, overwrite: bool = False, **options) -> Path:
+    trainer = make_trainer(run, last(), overwrite=overwrite, max_steps=steps)
+    trainer.fit(make_module(pico_dir, learning_rate=rate), alpaca_data(run / "data"), **options)
+    return run / "checkpoints" / "last.ckpt"
+
+
+def test_a_run_that_begins_anew_leaves_no_checkpoint_of_the_one_before(pico_dir, tmp_path):
+    first = fit(pico_dir, tmp_path, 1e-2).read_bytes()
+    with pytest.raises(UsageError, match="last.ckpt is a checkpoint of an earlier run. Pass --ckpt_path last .*--over"):
+        fit(pico_dir, tmp_path, 1e-3)
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == first
+    # Goes on with it; also one that is not of the run's own directory may be given.
+    fit(pico_dir, tmp_path, 1e-2, steps=3, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
+
+    class Killed(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            raise KeyboardInterrupt
+
+    # Killed before its first checkpoint, it must not go on with another run's.
+    trainer = make_trainer(tmp_path, last(), Killed(), overwrite=True)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.fit(make_module(pico_dir), alpaca_data(tmp_path / "data"))
+    assert trainer.newest_checkpoint() is None
+
+
+def test_checkpoints_in_a_directory_of_several_runs_stay(pico_dir, tmp_path):
+    shared = tmp_path / "shared"
+    for name in ("one", "two"):
+        keep = pl.callbacks.ModelCheckpoint(shared, filename=name, every_n_train_steps=1)
+        make_trainer(tmp_path / name, keep, overwrite=True).fit(make_module(pico_dir), alpaca_data(tmp_path / name))
+    assert sorted(path.name for path in shared.iterdir()) == ["one.ckpt", "two.ckpt"]
+
+
+def test_a_run_that_is_kept_out_does_not_touch_the_logs_of_the_other(pico_dir, tmp_path):
+    log = tmp_path / "logs" / "version_0" / "metrics.csv"
+    log.parent.mkdir(parents=True)
+    log.write_text("of the run that works here")
+    trainer = make_trainer(tmp_path, logger=CSVLogger(tmp_path, "logs", version=0))
+    with locked(tmp_path), pytest.raises(UsageError, match="Another run works in"):
+        trainer.fit(make_module(pico_dir), alpaca_data(tmp_path / "data"))
+    assert log.read_text() == "of the run that works here"
+
+
+def test_a_checkpoint_that_was_looked_at_is_not_read_again_until_it_changes(pico_dir, tmp_path, monkeypatch):
+    path = fit(pico_dir, tmp_path, 1e-2)
+    looked, zipped = [], files.zipfile.ZipFile
+    monkeypatch.setattr(files.zipfile, "ZipFile", lambda one: looked.append(one) or zipped(one))
+    for _ in range(2):
+        read_checkpoint(path)
+    assert looked == [str(path.resolve())]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=f"{path} is damaged"):
+            read_checkpoint(path)
+    assert len(looked) == 2
+
+
+def full_disk(rank: int, place: str) -> None:
+    """The first rank of two cannot write its checkpoint."""
+    directory = Path(place)
+    save = torch.save
+
+    def fail(content, target, *rest):
+        if rank == 0:
+            raise OSError(28, "No space left on device", os.fspath(directory))
+        save(content, target, *rest)
+
+    torch.save = fail
+    trainer = make_trainer(directory / "run", last(), devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+    with pytest.raises(UsageError) as caught:
+        trainer.fit(make_module(directory / "model"), alpaca_data(directory / f"data_{rank}"))
+    (directory / f"told_{rank}").write_text(str(caught.value))
+
+
+def test_no_rank_waits_for_one_that_cannot_write(tmp_path):
+    pico_model().save_pretrained(tmp_path / "model")
+    pico_tokenizer().save_pretrained(tmp_path / "model")
+    under_torchrun(full_disk, tmp_path)
+    told = [(tmp_path / f"told_{rank}").read_text() for rank in (0, 1)]
+    assert told[0] == told[1]
+    assert re.search(r"last\.ckpt could not be written: No space left on device\. Those .*--ckpt_path last", told[0])
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
