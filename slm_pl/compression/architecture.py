@@ -23,6 +23,9 @@ _FUSED_MLP = ("mlp.gate_up_proj", "mlp.down_proj")
 _NEOX_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
+MOST_LAYERS = 1000
+"""Decoder layers that a config or a plan may name; either may come from a stranger. Llama 3.1 405B has 126."""
+
 Group = Literal["attention", "mlp"]
 """What can be made narrower: attention by KV groups (heads, without grouped queries), MLPs by intermediate channels."""
 GROUPS: tuple[Group, ...] = ("attention", "mlp")
