@@ -1,6 +1,7 @@
 """Files and directories that are either whole or absent."""
 
 import contextlib
+import errno
 import functools
 import glob
 import os
@@ -21,6 +22,8 @@ from slm_pl.errors import UsageError
 _OWNED, _ASIDE = "by-", ".old"
 """In temporary names: in front of the host and process that write, and at the end of what stepped aside."""
 _LONG = 7 * 24 * 3600  # seconds
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+"""How writing to a file that is open fails, where that is no fault of this program."""
 
 
 def cache_directory() -> Path:
@@ -67,22 +70,34 @@ def scratch(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary file beside ``path``, to fill and to read for as long as the block lasts.
 
     Raises:
-        UsageError: If the directory cannot be made or written.
+        UsageError: If the directory cannot be made or written. Failures of the block that are clearly others are left
+            as they are: of another file, which the error names, or of a network.
     """
     path = Path(path)
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_prefix(path), delete=False) as file:
             temporary = Path(file.name)
-        yield temporary
     except OSError as error:
         raise UsageError(_unwritable(path.parent, error)) from error
+    try:
+        yield temporary
+    except OSError as error:
+        if not _of_writing(error, temporary):
+            raise
+        raise UsageError(_unwritable(path.parent, error)) from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _of_writing(error: OSError, temporary: Path) -> bool:
+    """Whether an error may be one of writing this file; what names another file, or is of a network, is not."""
+    if error.filename is not None:
+        return str(error.filename) == str(temporary)
+    # Of writing to a file that is open, the error names none, and numpy's has no number.
+    return error.errno in _WRITING if error.errno is not None else type(error) is OSError
 
 
 def make_directory(path: str | os.PathLike[str]) -> None:

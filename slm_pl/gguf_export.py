@@ -18,6 +18,7 @@ from slm_pl.errors import UsageError
 from slm_pl.gguf_tokenizer import read_vocabulary, write_vocabulary
 from slm_pl.loading import (
     Source,
+    check_layers,
     empty_model,
     incomplete,
     load_tokenizer,
@@ -202,6 +203,7 @@ class _Tensors:
     def _check(self, pretrained: str) -> None:
         if missing := [name for name in self._shapes if name not in self._files]:
             raise incomplete(pretrained, missing)
+        check_layers(self._config, self._files, pretrained)
         for name, shape in self._shapes.items():
             stored = tuple(self._files[name].get_slice(name).get_shape())
             if stored != shape:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from slm_pl import files, identity
+from slm_pl.documents import parse_json
 from slm_pl.errors import UsageError
 from slm_pl.results import FormError, decode
 from slm_pl.sealing import is_whole, sealed
@@ -39,8 +40,8 @@ class Journal:
     def open(self) -> "Journal":
         """Reads what an earlier test left."""
         try:
-            record = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            record = parse_json(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return self
         if isinstance(record, dict) and is_whole(record) and record.get("about") == self._about:
             self._parts = record["parts"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from slm_pl.compression.architecture import GROUPS, Group, decoder_layers
 from slm_pl.compression.fates import LayerFate, Width, hidden_width, layer_fates
 from slm_pl.compression.plan import Plan, count_parameters, load_plans
+from slm_pl.documents import parse_json
 from slm_pl.drawing import COLOURS, GREY, new_figure, set_title, to_png, to_svg
 from slm_pl.errors import UsageError
 
@@ -112,8 +113,8 @@ def load_sizes(directory: Path, plans: Sequence[Plan]) -> Sizes:
     try:
         if path.stat().st_size > _LARGEST:
             return None, None
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = parse_json(path.read_bytes())
+    except (OSError, ValueError):
         return None, None
     if not isinstance(data, dict) or data.get("schema_version") != _SCHEMA_VERSION:
         return None, None

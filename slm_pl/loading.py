@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from slm_pl import files
-from slm_pl.compression.architecture import config_layers
+from slm_pl.compression.architecture import MOST_LAYERS, config_layers, layer_counts, surplus_layers
 from slm_pl.compression.modeling import with_widths
 from slm_pl.compression.structures import width_layout
 from slm_pl.errors import UsageError
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+_MOST_LABELS = 100_000  # of a classifier that a config describes beside the model: each gets a name
 
 KINDS = (
     "a Hub id (HuggingFaceTB/SmolLM2-135M), a directory with a Hugging Face checkpoint, a .gguf file, or "
@@ -100,8 +102,8 @@ def load_model(
 
     Raises:
         UsageError: If there is no such model, it cannot be reached, its files are not as they were written (where
-            ``slm_pl.sha256`` tells), it lacks weights, it needs code of its own that was
-            not trusted, it is quantised in another way than was asked for, or torchao is needed and missing.
+            ``slm_pl.sha256`` tells), it lacks weights or has more layers than its config says, it needs code of its own
+            that was not trusted, it is quantised in another way than was asked for, or torchao is needed and missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -178,21 +180,53 @@ def read_config(source: Source) -> "PreTrainedConfig":
     """Reads the config of a causal language model.
 
     Raises:
-        UsageError: If there is none, or it asks for widths that nothing can be built from.
+        UsageError: If there is none, or it asks for sizes or widths that nothing can be built from.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     if source.directory is not None:
         check_sums(source.directory, lambda name: name == "config.json")
     try:
+        said, _ = PreTrainedConfig.get_config_dict(source.location, revision=source.revision)
+        check_sizes(said, source.pretrained)  # before its class makes lists as long as it says
         config = AutoConfig.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+        layers = config_layers(config)
+    except UsageError:
+        raise
     except Exception as error:
         raise unreadable(source, "model", error) from error
+    if not 0 < layers <= MOST_LAYERS:
+        raise UsageError(
+            f"The config of {source.pretrained} asks for {layers} decoder layers; allowed are 1 to {MOST_LAYERS}. Get "
+            "the config that belongs to the weights."
+        )
     if getattr(config, "layer_widths", None) is not None:
         _check_widths(config, source.pretrained)
     return config
+
+
+def check_sizes(said: Mapping[str, Any], name: str) -> None:
+    """Refuses a config that asks for more than anybody builds, before a class of transformers is made of it.
+
+    Args:
+        said: What is in its file.
+        name: Of the model.
+
+    Raises:
+        UsageError: If it asks for too many layers or labels.
+    """
+    for field, most in (*((field, MOST_LAYERS) for field in layer_counts(said)), ("num_labels", _MOST_LABELS)):
+        value = said.get(field)
+        if isinstance(value, int) and value > most:
+            raise UsageError(
+                f"{field} in the config of {name} is {value:,}; allowed are at most {most:,}. Get the config that "
+                "belongs to the weights."
+            )
+    for part in said.values():
+        if isinstance(part, dict):
+            check_sizes(part, name)
 
 
 def empty_model(config: "PreTrainedConfig", **options: Any) -> "PreTrainedModel":
@@ -245,10 +279,10 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+        if tokenizer.pad_token is None:  # what is a tokenizer by its name only, such as a pair of two, has none
+            tokenizer.pad_token = tokenizer.eos_token
     except Exception as error:
         raise unreadable(source, "tokenizer", error) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     _keep_no_words(tokenizer)
     return tokenizer
 
@@ -268,11 +302,12 @@ def _keep_no_words(tokenizer: "PreTrainedTokenizerBase") -> None:
 def _complete(loaded: object, name: str) -> "PreTrainedModel":
     """Takes the model from what ``from_pretrained(output_loading_info=True)`` returns, if the file had all its weights.
 
-    Transformers only warns of those that are missing, and draws them at random.
+    Transformers only warns of those that are missing, which it draws at random, and of those that are left over.
     """
     model, report = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
     if missing := report["missing_keys"]:
         raise incomplete(name, missing)
+    check_layers(model.config, report["unexpected_keys"], name)
     return model
 
 
@@ -282,6 +317,24 @@ def incomplete(name: str, missing: Collection[str]) -> UsageError:
         f"{name} lacks {len(missing)} of the weights that its config asks for, such as {min(missing)}. "
         "Get the whole checkpoint."
     )
+
+
+def check_layers(config: "PreTrainedConfig", stored: Collection[str], name: str) -> None:
+    """Refuses weights of decoder layers that a config does not ask for: the model would be another, cut off one.
+
+    Args:
+        config: Of the model.
+        stored: Names of tensors in its files.
+        name: Of the model.
+
+    Raises:
+        UsageError: If there are any.
+    """
+    if surplus := surplus_layers(config, stored):
+        raise UsageError(
+            f"The config of {name} asks for {config_layers(config)} decoder layers, and its weights hold more, such as "
+            f"{min(surplus)}. Get the config and the weights that belong together."
+        )
 
 
 def unreadable(source: Source, what: str, error: Exception) -> UsageError:

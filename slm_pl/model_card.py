@@ -1,5 +1,6 @@
 """The model card of an export: what it was made of, how, what it is worth, how to load it, and whom to cite."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,8 @@ def needs_own_code(model: "PreTrainedModel") -> bool:
 
 def public_name(pretrained: str) -> str:
     """What may be told of a path: its last part, since an export is made to be shared."""
-    return Path(pretrained).name if Path(pretrained).exists() else pretrained
+    # Of pathlib, exists() raises for names that are too long.
+    return Path(pretrained).name if os.path.exists(pretrained) else pretrained
 
 
 _ALT_TEXTS = {

@@ -8,6 +8,7 @@ import yaml
 from jsonargparse import ActionConfigFile, get_loader
 from jsonargparse import Path as ParserPath
 
+from slm_pl.documents import check_yaml
 from slm_pl.errors import UsageError
 
 Section = dict[str, Any]
@@ -102,13 +103,14 @@ def _read_part(path: Path, within: tuple[Path, ...]) -> Any:
     try:
         # The loader of the subcommands: to YAML 1.1 as it is, 1e-4 would be a text.
         content = get_loader("yaml")(path.read_text(encoding="utf-8"))
+        check_yaml(content)
     except OSError as error:
         named = f", which {within[-1]} names," if within else ""
         raise UsageError(
             f"Cannot read {path}{named}: {error.strerror or error}. A path of a part is relative to the file that "
             "names it."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no YAML that can be read: {error}") from error
     content = _inline(content, path.parent, (*within, path.resolve()))
     if not isinstance(content, dict) or "parts" not in content:

@@ -21,6 +21,7 @@ MATRIX = "representation_similarity"
 _LARGEST = 8 * 2**20  # bytes of a figure that is carried on
 _MOST_LAYERS = 1000
 _MOST_SCORES = 50_000  # of a trace that may come from a stranger's file; all phases of 300 layers are fewer
+_MOST_TRIES = 2000  # of the same; a search tries about as many windows as there are layers
 
 
 TRACE, IMPORTANCE, WIDTHS = "search_trace", "block_importance", "layer_widths"
@@ -84,6 +85,9 @@ def search_trace(plan: Plan) -> bytes | None:
     tries = [t for t in plan.trace if _is_try(t) and t.get("search", 0) == plan.outcome.get("search", 0)]
     if not tries:
         return None
+    tried = "1 try" if len(tries) == 1 else f"{len(tries):,} tries"
+    if len(tries) > _MOST_TRIES:
+        tries, tried = tries[:_MOST_TRIES], f"the first {_MOST_TRIES:,} of {tried}"
     numbers = list(range(1, len(tries) + 1))
     windows = [(s.low, s.high) for s in plan.steps if isinstance(s, MergeLayers)]
     with plain_text():
@@ -97,7 +101,6 @@ def search_trace(plan: Plan) -> bytes | None:
         count = len(searches) if isinstance(searches, list) else 1
         decided = f", the search of {count} that decided" if count > 1 else ""
         cut = ", last window cut to fit" if plan.outcome.get("cut_to_fit") else ""
-        tried = "1 try" if len(tries) == 1 else f"{len(tries)} tries"
         set_title(figure, f"{plan.base.num_layers} → {left} layers: {tried}{decided}{cut}")
         return to_png(figure)
 

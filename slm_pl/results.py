@@ -28,6 +28,7 @@ from typing import TypeVar, cast
 import torch
 
 import slm_pl
+from slm_pl.documents import parse_json
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.drift import DriftResult
 from slm_pl.evaluation.efficiency.record import EfficiencyResult
@@ -176,15 +177,16 @@ class Results:
                 or lacks a name.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = parse_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(
                 f"Cannot read the results {str(path)!r}: {error.strerror or error}. Give the path of a results.json "
                 "that `main.py test` wrote."
             ) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UsageError(
-                f"{str(path)!r} is not JSON ({error}). Give the path of a results.json that `main.py test` wrote."
+                f"{str(path)!r} is no JSON that can be read ({error}). Give the path of a results.json that "
+                "`main.py test` wrote."
             ) from error
         if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
             got = repr(data.get("schema_version", "none")) if isinstance(data, dict) else f"a {type(data).__name__}"
@@ -264,7 +266,10 @@ def _decode_any(form: object, value: object, place: str, missing: Mapping[str, s
                 parts[one.name] = None
             elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
                 raise FormError(f"{inner} is missing")
-        return form(**parts)
+        try:
+            return form(**parts)
+        except ValueError as error:  # which its __post_init__ raises
+            raise FormError(f"{where}: {error}") from None
     if origin is list:
         if not isinstance(value, list):
             raise FormError(f"{where} is {_kind(value)}, not a list")
@@ -282,7 +287,10 @@ def _decode_any(form: object, value: object, place: str, missing: Mapping[str, s
         if type(value) in choices:
             return value
     elif form is float and type(value) in (int, float):
-        return float(cast(float, value))
+        try:
+            return float(cast(float, value))
+        except OverflowError:
+            raise FormError(f"{where} is larger than a number can be") from None
     elif type(value) is form:
         return value
     raise FormError(f"{where} is {_kind(value)}, not {getattr(form, '__name__', form)}")

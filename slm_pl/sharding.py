@@ -196,6 +196,7 @@ def _stored_names(model: "PreTrainedModel", stored: dict[str, Any], pretrained: 
         names |= dict.fromkeys(aliases, next((names[a] for a in aliases if a in names), ""))
     if missing := [name for name in tensors if not names.get(name)]:
         raise loading.incomplete(pretrained, missing)
+    loading.check_layers(model.config, names, pretrained)
     for name, tensor in tensors.items():
         shape = stored[names[name]].get_slice(names[name]).get_shape()
         if list(tensor.shape) != shape:

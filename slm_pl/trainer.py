@@ -361,6 +361,13 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
             f"The checkpoint {path} holds more than tensors and plain values, and to read that is to run it. If it is "
             "your own, pass --weights_only false."
         ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what is damaged or made by hand ends the reader in any way: KeyError, struct.error, …
+        raise UsageError(
+            f"The checkpoint {path} is damaged ({type(error).__name__}: {error}). Remove it to go on from an older "
+            "one, or give another --ckpt_path."
+        ) from error
     if not isinstance(read, dict):
         raise UsageError(f"{path} is no checkpoint of a run: it holds a {type(read).__name__}. Give one that fit made.")
     return read

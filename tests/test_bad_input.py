@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import random
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,7 +178,7 @@ def read_ids(path: Path) -> object:
 
 
 def read_alpaca(path: Path) -> object:
-    return refused_or_read(lambda: list(read_rows(str(path))))
+    return refused_or_read(lambda: list(read_rows(str(path))), path)
 
 
 def read_prompts(path: Path) -> object:
@@ -259,6 +261,82 @@ def test_read_or_refused(name, how, tmp_path):
     read, refused = attack(name, how, INPUTS, tmp_path)
     assert refused > 0  # what is wrong is told
     assert read + refused >= INPUTS
+
+
+def with_text(name: str, old: str, new: str) -> bytes:
+    """The right document of a form, in the text of which something is another."""
+    valid, write, *_ = FORMS[name]
+    text = write(valid).decode()
+    assert old in text
+    return text.replace(old, new, 1).encode()
+
+
+def deep(levels: int) -> str:
+    return "[" * levels + "]" * levels
+
+
+LONG_NUMBER = "1" * 5000
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
+)
+LATER = [
+    *(
+        ("plan", with_text("plan", f'"{field}": {old}', f'"{field}": {new}'))
+        for field, old, new in (
+            ("num_parameters", 79264, 0),
+            ("num_parameters", 79264, 10**400),
+            ("num_parameters", 79264, 10**20),
+            ("num_layers", 6, 0),
+            ("num_layers", 6, 10**9),
+            ("revision", "null", 5),
+            ("revision", "null", '["x"]'),
+            ("pretrained", '"x/y"', json.dumps("a" * 5000)),
+            ("pretrained", '"x/y"', r'"\ud800"'),
+            ("remove_layers", 2, r'"\udfff"'),
+            ("remove_layers", 2, deep(700)),
+            ("high", 2, 10**15),
+            ("layers", "[4]", "[-1]"),
+            ("weight", '"w"', json.dumps("w" * 5000)),
+            ("schema_version", 1, '1, "tensors_sha256": []'),
+        )
+    ),
+    *(
+        ("results", with_text("results", f'"{field}": {old}', f'"{field}": {new}'))
+        for field, old, new in (
+            ("num_parameters", 80, 10**400),
+            ("num_layers", 24, 10**400),
+            ("value", 20.0, 10**400),
+            ("value", 20.0, -1.0),
+            ("value", 20.0, 0),
+            ("corpus", '"embedded"', r'"\ud800"'),
+            ("schema_version", 1, f'1, "x": {deep(990)}'),
+            ("schema_version", 1, f'1, "sha256": "ab", "x": {deep(990)}'),
+        )
+    ),
+    *(
+        (name, with_text(name, old, f'{old}, "x": {value}'))
+        for name, old in (("text", '"more"'), ("alpaca lines", '"it"'), ("prompts", '"it"'))
+        for value in (LONG_NUMBER, deep(5000))
+    ),
+    ("alpaca", with_text("alpaca", '"it"', f'"it", "x": {LONG_NUMBER}')),
+    ("ids", with_text("ids", "4", LONG_NUMBER)),
+    ("ids", deep(5000).encode()),
+    ("config", BOMB.encode()),
+    ("config", f"a: {deep(3000)}".encode()),
+    ("config", b"a: &a [1, *a]"),
+    ("sweep", BOMB.encode()),
+    ("sweep", f"a: {deep(3000)}".encode()),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), LATER, ids=lambda part: part if isinstance(part, str) else "")
+def test_what_would_fail_later_or_never_end_is_refused_when_it_is_read(name, content, tmp_path):
+    *_, file, reader = FORMS[name]
+    path = tmp_path / file
+    path.write_bytes(content)
+    before = time.monotonic()
+    assert reader(path) is None
+    assert time.monotonic() - before < 5
 
 
 OPTIONS = [
@@ -367,7 +445,7 @@ def test_an_export_with_a_damaged_file_is_refused_with_its_name(export, tmp_path
     generator = random.Random(3)
     copy_of = tmp_path / "copy"
     copy_of.mkdir()
-    names = [path.name for path in export.iterdir() if path.suffix not in (".md", ".png")]
+    names = [path.name for path in export.iterdir() if path.suffix not in (".md", ".png", ".svg")]
     assert {"model.safetensors", "config.json", "tokenizer.json", "plan.json", "slm_pl.sha256"} <= set(names)
     tried = 0
     for name in names:
@@ -412,6 +490,25 @@ def test_a_damaged_checkpoint_is_refused_or_says_the_same(tmp_path):
         assert found is None or all(torch.equal(found["state_dict"][k], v) for k, v in state["state_dict"].items())
 
     run()
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}X\x01\x00",  # cut off in the length of a text
+        b"\x80\x02h\x05.",  # a value that was not kept before
+        b"\x80\x02}",  # without an end
+        b"\x80\x02e.",  # a list to add to that is not there
+    ],
+)
+def test_a_checkpoint_that_only_its_maker_could_have_damaged_is_refused(pickled, tmp_path):
+    torch.save({"a": 1}, tmp_path / "whole.ckpt")
+    path = tmp_path / "made.ckpt"
+    with zipfile.ZipFile(tmp_path / "whole.ckpt") as whole, zipfile.ZipFile(path, "w") as made:
+        for name in whole.namelist():
+            made.writestr(name, pickled if name.endswith("data.pkl") else whole.read(name))
+    with pytest.raises(UsageError, match=f"{path} is damaged .*--ckpt_path"):
+        read_checkpoint(path)
 
 
 def test_damaged_weights_without_sums_are_read_or_refused(tmp_path):

@@ -5,6 +5,8 @@ To support another architecture, add one entry to :data:`ARCHITECTURES` and its 
 """
 
 import copy
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +24,11 @@ _GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _FUSED_MLP = ("mlp.gate_up_proj", "mlp.down_proj")
 _NEOX_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+MOST_LAYERS = 1000
+"""Decoder layers that a config or a plan may name; either may come from a stranger. Llama 3.1 405B has 126."""
+
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 Group = Literal["attention", "mlp"]
 """What can be made narrower: attention by KV groups (heads, without grouped queries), MLPs by intermediate channels."""
@@ -165,6 +172,27 @@ def num_layers(model: "PreTrainedModel") -> int:
 def config_layers(config: "PreTrainedConfig") -> int:
     """How many decoder layers a config asks for."""
     return int(config.get_text_config().num_hidden_layers)
+
+
+def layer_counts(said: Iterable[str]) -> list[str]:
+    """Of the fields of a config file, those that say how many layers there are, whatever the model's type."""
+    return [field for field in said if field in _LAYER_COUNTS]
+
+
+def surplus_layers(config: "PreTrainedConfig", stored: Iterable[str]) -> list[str]:
+    """Names of weights that belong to decoder layers beyond those that a config asks for.
+
+    Args:
+        config: Of a model; of a type that is not known here, nothing is found.
+        stored: Names as in the checkpoint or as transformers renames them.
+    """
+    if config.model_type not in ARCHITECTURES:
+        return []
+    # A checkpoint of the model without its head leaves out the first part of the path.
+    first, _, path = ARCHITECTURES[config.model_type].layers.partition(".")
+    layer = re.compile(rf"(?:{re.escape(first)}\.)?{re.escape(path)}\.(\d{{1,9}})\.")
+    found = [(name, layer.match(name)) for name in stored]
+    return [name for name, match in found if match is not None and int(match[1]) >= config_layers(config)]
 
 
 def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from slm_pl.compression.architecture import Group
+from slm_pl.compression.architecture import MOST_LAYERS, Group
 from slm_pl.compression.plan import DropLayers, JSONValue, KeepChannels, KeepHidden, MergeLayers, Plan, RefitOutput
 from slm_pl.errors import UsageError
 
-_MOST_LAYERS = 1000  # of a plan that may come from a stranger's file
-_MOST_UNITS = 10_000_000
+_MOST_UNITS = 10_000_000  # of a plan that may come from a stranger's file
 
 Fate = Literal["kept", "merged", "removed"]
 
@@ -93,8 +92,8 @@ def layer_fates(
             many figures as layers.
     """
     dense = plans[0].base.num_layers
-    if not 0 < dense <= _MOST_LAYERS:
-        raise UsageError(f"The plan is of a model with {dense} layers; a map is drawn of 1 to {_MOST_LAYERS}.")
+    if not 0 < dense <= MOST_LAYERS:
+        raise UsageError(f"The plan is of a model with {dense} layers; a map is drawn of 1 to {MOST_LAYERS}.")
     layers = [_Layer((layer,), layer, {}, set()) for layer in range(dense)]
     lost: dict[int, _Layer] = {}
     for number, plan in enumerate(plans, start=1):

@@ -7,6 +7,7 @@ same inputs give the same plan byte for byte, so nothing that varies from run to
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from slm_pl import files
-from slm_pl.compression.architecture import Group, num_layers
+from slm_pl.compression.architecture import MOST_LAYERS, Group, num_layers
+from slm_pl.documents import parse_json
 from slm_pl.errors import UsageError
 from slm_pl.sealing import SEAL, broken_seal
 
@@ -32,6 +34,15 @@ Consolidation = Literal["keep_top", "keep_bottom", "sum", "mean"]
 """How the projections of a window become those of one layer; the formulas are in :mod:`slm_pl.compression.surgery`."""
 OtherParameters = Literal["top", "bottom", "mean"]
 """Whose norms and biases the merged layer takes."""
+
+_ALLOWED = {
+    "num_layers": (1, MOST_LAYERS),
+    "num_parameters": (1, 10**15),
+    **dict.fromkeys(("low", "high", "layer", "layers"), (0, MOST_LAYERS - 1)),
+}
+"""Bounds of whole numbers in a plan's file, by the name of the field; they keep its reader from endless work."""
+_LONGEST = 4096
+"""Characters of a name, a path or an id in a plan's file."""
 
 JSONValue = str | int | float | bool | None | list["JSONValue"] | dict[str, "JSONValue"]
 
@@ -249,10 +260,10 @@ class Plan:
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-            data = json.loads(text)
+            data = parse_json(text)
         except FileNotFoundError as error:
             raise UsageError(f"There is no plan at {path}. Give the path of a plan.json that slm_pl wrote.") from error
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise UsageError(
                 f"{path} cannot be read as a plan ({error}). Give a plan.json that slm_pl wrote."
             ) from error
@@ -288,6 +299,8 @@ class Plan:
                 steps.append(_build(STEP_KINDS[step["kind"]], step))
             if not all(isinstance(row, dict) for row in data["trace"]) or not isinstance(data.get("outcome", {}), dict):
                 raise ValueError("trace is not a list of objects, or outcome not an object")
+            if not isinstance(data.get("tensors_sha256"), str | None):
+                raise ValueError(f"tensors_sha256 is {data['tensors_sha256']!r}, not a string or null")
             return Plan(
                 base=_build(Base, data["base"]),
                 method=_build(Method, data["method"]),
@@ -361,8 +374,10 @@ def _build(cls: type[T], data: Any) -> T:
             raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not an integer")
         if f.type is str and not isinstance(value, str):
             raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not a string")
-        if f.name == "bias" and not isinstance(value, str | None):
+        if f.type == (str | None) and not isinstance(value, str | None):
             raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not a string or null")
+        if isinstance(value, str) and len(value) > _LONGEST:
+            raise ValueError(f"{cls.__name__}.{f.name} has {len(value):,} characters, allowed are {_LONGEST:,}")
         if allowed and all(isinstance(choice, str) for choice in allowed) and value not in allowed:
             raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, allowed are {list(allowed)}")
         if str(f.type).startswith("dict[") and not isinstance(value, dict):
@@ -371,6 +386,10 @@ def _build(cls: type[T], data: Any) -> T:
             if not isinstance(value, list) or not all(type(v) is int for v in value):
                 raise ValueError(f"{cls.__name__}.{f.name} is {value!r}, not a list of integers")
             value = tuple(value)
+        low, high = _ALLOWED.get(f.name, (-math.inf, math.inf))
+        for number in value if isinstance(value, tuple) else (value,) if f.type is int else ():
+            if not low <= number <= high:
+                raise ValueError(f"{cls.__name__}.{f.name} is {number}, allowed are {low:,} to {high:,}")
         values[f.name] = value
     return cls(**values)
 
@@ -441,7 +460,8 @@ def layer_groups(plans: list[Plan], dense_layers: int) -> list[tuple[int, ...]]:
         kept: dict[int, tuple[int, ...]] = dict(enumerate(groups))
         for step in plan.steps:
             if isinstance(step, MergeLayers):
-                kept[step.host] = sum((kept.pop(layer, ()) for layer in range(step.low, step.high + 1)), ())
+                top = min(step.high, len(groups) - 1)  # the plans may be another model's
+                kept[step.host] = sum((kept.pop(layer, ()) for layer in range(step.low, top + 1)), ())
             elif isinstance(step, DropLayers):
                 for layer in step.layers:
                     kept.pop(layer, None)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slm_pl.documents import parse_json
 from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,14 +68,16 @@ def read_json(path: Path) -> object:
     """Parse a JSON file.
 
     Raises:
-        UsageError: It is not JSON; the message names the line.
+        UsageError: It is not JSON, the message names the line; or nobody could use it.
     """
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path), unicode=False)
     except json.JSONDecodeError as error:
         raise UsageError(
             f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). Correct the file."
         ) from error
+    except ValueError as error:
+        raise UsageError(f"{path}: JSON that cannot be used: {error}. Correct the file.") from error
 
 
 def read_json_list(path: Path) -> Iterator[object]:
@@ -94,7 +97,7 @@ def read_json_list(path: Path) -> Iterator[object]:
             for item in ijson.items(file, "item", use_float=True):
                 yield item
                 given += 1
-    except (OSError, ijson.JSONError):
+    except (OSError, ValueError, ijson.JSONError):
         # In full: for a message with a line, and for what only Python's reader takes for JSON.
         content = read_json(path)
         if not isinstance(content, list):
@@ -118,9 +121,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
             continue
         place = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{place}: not valid JSON ({error.msg}); each line must be one JSON object.") from error
+            row = parse_json(line, unicode=False)
+        except ValueError as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise UsageError(f"{place}: not valid JSON ({reason}); each line must be one JSON object.") from error
         if not isinstance(row, dict):
             raise UsageError(f"{place}: a JSON {type(row).__name__}; each line must be one JSON object.")
         yield place, row
@@ -162,7 +166,7 @@ def read_parquet_rows(path: Path) -> Iterator[dict[str, object]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(1000):
                 yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise UsageError(_not_parquet(path, error)) from error
 
 
@@ -236,24 +240,33 @@ def text_column(table: "Dataset", column: str, place: str) -> Sequence[str]:
     if getattr(feature, "dtype", None) not in ("string", "large_string"):
         raise UsageError(_no_column(place, column, table.column_names))
     # A column of a table is read row by row: a corpus of millions of rows is not copied to draw ten of them.
-    return _Texts(table, column)
+    return _Texts(table, column, place)
 
 
 class _Texts(Sequence[str]):
     """One column of a table as a sequence; an absent value is an empty text."""
 
-    def __init__(self, table: "Dataset", column: str) -> None:
-        self._table, self._column = table, column
+    def __init__(self, table: "Dataset", column: str, place: str) -> None:
+        self._table, self._column, self._place = table, column, place
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # slices are not needed
-        return self._table[index][self._column] or ""
+        try:
+            return self._table[index][self._column] or ""
+        except UnicodeDecodeError as error:
+            raise UsageError(self._no_text(error)) from error
 
     def __iter__(self) -> Iterator[str]:
-        for value in self._table[self._column]:
-            yield value or ""
+        try:
+            for value in self._table[self._column]:
+                yield value or ""
+        except UnicodeDecodeError as error:
+            raise UsageError(self._no_text(error)) from error
+
+    def _no_text(self, error: UnicodeDecodeError) -> str:
+        return f"{self._place}: column {self._column!r} holds text that is no UTF-8 ({error}). Correct the file."
 
 
 def _no_column(place: str, column: str, found: Sequence[str]) -> str:

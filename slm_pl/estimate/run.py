@@ -1,6 +1,5 @@
 """The phases of a config, with what each takes: the command ``estimate``."""
 
-import json
 import math
 import os
 import warnings
@@ -18,6 +17,7 @@ from slm_pl.compression.architecture import architecture_of, cache_values, decod
 from slm_pl.compression.least_squares import CHUNK
 from slm_pl.compression.plan import count_parameters, load_plans
 from slm_pl.data import CalibrationText, EvaluationText, TrainingData, load_calibration, load_evaluation
+from slm_pl.documents import parse_json
 from slm_pl.errors import UsageError
 from slm_pl.estimate.costs import (
     Generation,
@@ -100,8 +100,9 @@ def find_config(source: loading.Source, architecture: str | None) -> "PreTrained
     paths = sorted(ARCHITECTURES.glob("*.json")) if architecture is None else [Path(architecture)]
     for path in paths:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             if architecture is not None or content.get("_name_or_path") == source.pretrained:
+                loading.check_sizes(content, str(path))
                 return AutoConfig.for_model(content.pop("model_type"), **content)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(

@@ -52,6 +52,11 @@ class PerplexityResult:
     word_value: float | None = None
     words: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in (("value", self.value), ("word_value", self.word_value)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; a perplexity is above 0")
+
 
 def perplexity(
     model: nn.Module,

@@ -53,7 +53,7 @@ def comparison_bars(comparison: Comparison) -> bytes:
 def _draw_panel(axes: "Axes", row: Row, labels: list[str]) -> None:
     scale, unit = UNITS[row.quantity]
     present = [cell.value / scale for cell in row.cells if cell.value is not None]
-    logarithmic = row.quantity == "perplexity" and bool(present) and max(present) > 10 * min(present)
+    logarithmic = row.quantity == "perplexity" and bool(present) and max(present) > 10 * min(present) >= 10
     # No perplexity is below 1, so that is where a logarithmic bar begins.
     start = 1.0 if logarithmic else 0.0
     ends = []

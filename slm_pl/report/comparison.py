@@ -105,7 +105,8 @@ def _distinct_labels(files: list[Path], records: list[Results]) -> list[str]:
 
 def _last_export(records: list[Results]) -> str | None:
     for record in reversed(records):
-        if record.model.plan_sha256 is not None and (Path(record.model.source) / "config.json").is_file():
+        # Of pathlib, is_file() raises for names that are too long.
+        if record.model.plan_sha256 is not None and os.path.isfile(os.path.join(record.model.source, "config.json")):
             return record.model.source
     return None
 

@@ -1,3 +1,4 @@
+import errno
 import os
 import socket
 import stat
@@ -42,6 +43,38 @@ def test_write_makes_parents_and_replaces(tmp_path):
     assert (tmp_path / "a" / "b" / "c.bin").read_bytes() == b"\x00\xff"
     assert (tmp_path / "t.txt").read_bytes() == b"Gr\xc3\xb6\xc3\x9fe\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "t.txt"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_that_fills_up_while_a_file_is_written_is_told_with_its_place(tmp_path, number):
+    for how in (files.scratch, files.new_file):
+        for named in (False, True):
+
+            def write(how=how, named=named) -> None:
+                with how(tmp_path / "t.txt") as temporary:
+                    temporary.write_text("half")
+                    raise OSError(number, os.strerror(number), *[str(temporary)] * named)  # as open() and write() do
+
+            with pytest.raises(UsageError, match=f"Cannot write to {tmp_path}: {os.strerror(number)}"):
+                write()
+            assert content(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/rows.jsonl"),
+        OSError(errno.ENOSPC, "No space left on device", "/other/cache/blob"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        TimeoutError("a library's own"),
+    ],
+)
+def test_what_fails_elsewhere_while_a_file_is_written_is_not_told_of_its_place(tmp_path, error):
+    for how in (files.scratch, files.new_file):
+        with pytest.raises(type(error)) as caught, how(tmp_path / "t.txt"):
+            raise error
+        assert caught.value is error
+    assert content(tmp_path) == {}
 
 
 @pytest.mark.usefixtures("umask_027")

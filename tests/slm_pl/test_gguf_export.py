@@ -351,6 +351,10 @@ def test_quantised_and_damaged_exports_are_refused(tmp_path):
     save_file({**tensors, "model.norm.weight": torch.ones(31)}, export / "model.safetensors")
     with pytest.raises(UsageError, match=r"model.norm.weight of .* has the shape \(31,\); its config asks for \(32,\)"):
         write_gguf(export)
+    save_file(tensors, export / "model.safetensors")
+    (export / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(UsageError, match="asks for 1 decoder layers, and its weights hold more"):
+        write_gguf(export)
     (export / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(UsageError, match=r"quantised \(gptq\).*llama-quantize"):
         write_gguf(export)

@@ -2,6 +2,7 @@ import json
 import shutil
 import struct
 import sys
+import time
 from pathlib import Path
 
 import gguf
@@ -184,6 +185,54 @@ def test_missing_weights_are_not_drawn_at_random(copy):
         loading.load_model(loading.resolve(str(copy)))
 
 
+def test_weights_of_layers_that_the_config_does_not_ask_for(copy):
+    change_config(copy, num_hidden_layers=3)
+    with pytest.raises(UsageError, match=f"config of {copy} asks for 3 decoder layers, .*hold more, .*layers.3."):
+        loading.load_model(loading.resolve(str(copy)))
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_weights_that_older_checkpoints_carry_are_left_over(copy, prefix):
+    tensors = load_file(copy / WEIGHTS)
+    tensors |= {f"{prefix}layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in (0, 5)}
+    save_file({**tensors, "vision.layers.9.weight": torch.ones(4)}, copy / WEIGHTS, metadata={"format": "pt"})
+    assert torch.equal(logits_of(loading.load_model(loading.resolve(str(copy)))), logits_of(pico_model()))
+    save_file({**tensors, f"{prefix}layers.6.x": torch.ones(4)}, copy / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"asks for 6 decoder layers, .* such as (model\.)?layers\.6\.x"):
+        loading.load_model(loading.resolve(str(copy)))
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gpt_neox", "opt", "qwen3"])
+def test_layers_left_over_are_found_by_the_paths_of_the_model(model_type, tmp_path):
+    pico_model(model_type).save_pretrained(tmp_path)
+    change_config(tmp_path, **{"n_layer" if model_type == "bloom" else "num_hidden_layers": 4})
+    if model_type == "qwen3":
+        change_config(tmp_path, layer_types=["full_attention"] * 4)
+    with pytest.raises(UsageError, match="asks for 4 decoder layers, and its weights hold more"):
+        loading.load_model(loading.resolve(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 0}, "asks for 0 decoder layers; allowed are 1 to 1000"),
+        ({"num_hidden_layers": -1}, "asks for -1 decoder layers; allowed are 1 to 1000"),
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers .* is 100,000; allowed are at most 1,000"),
+        ({"model_type": "qwen3", "num_hidden_layers": 10**9}, "num_hidden_layers .* is 1,000,000,000; allowed"),
+        ({"model_type": "bloom", "n_layer": 10**9}, "n_layer .* is 1,000,000,000; allowed"),
+        ({"num_labels": 10**8}, "num_labels .* is 100,000,000; allowed are at most 100,000"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers .* is 1,000,000,000; allowed"),
+    ],
+)
+def test_config_that_asks_for_endless_work_or_none(copy, changes, said):
+    change_config(copy, **changes)
+    before = time.monotonic()
+    with pytest.raises(UsageError, match=said) as caught:
+        loading.read_config(loading.resolve(str(copy)))
+    assert str(copy) in str(caught.value)
+    assert time.monotonic() - before < 5
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -197,6 +246,13 @@ def test_config_that_does_not_fit(copy, changes, reason):
     change_config(copy, **changes)
     with pytest.raises(UsageError, match=f"The model in {copy} cannot be loaded: .*{reason}"):
         loading.load_model(loading.resolve(str(copy)))
+
+
+def test_tokenizer_by_its_name_only(copy):
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "RagTokenizer"}))
+    with pytest.raises(UsageError, match=f"The tokenizer in {copy} cannot be loaded: .*pad_token"):
+        loading.load_tokenizer(loading.resolve(str(copy)))
 
 
 @pytest.mark.parametrize("text", [None, "{ x", "{}"])

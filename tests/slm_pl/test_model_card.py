@@ -6,7 +6,7 @@ from slm_pl.compression import surgery
 from slm_pl.compression.plan import Base, DropLayers, Method, Plan
 from slm_pl.export import save_compressed
 from slm_pl.gguf_export import export_parser
-from slm_pl.model_card import RESULTS_BEGIN, RESULTS_END, hub_id, model_card, with_results
+from slm_pl.model_card import RESULTS_BEGIN, RESULTS_END, hub_id, model_card, public_name, with_results
 from tests.helpers.pico import pico_model
 from tests.helpers.tokenizer import pico_tokenizer
 
@@ -59,6 +59,15 @@ def test_texts_of_a_stranger_stay_text():
     (line,) = [line for line in card.splitlines() if line.startswith("| 1 |")]
     assert line.count("`") == 2
     assert line.replace("\\|", "").count("|") == 4
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "\ud800", "", "some/model"])
+def test_any_text_has_a_public_name(name):
+    assert public_name(name) == name
+
+
+def test_a_path_is_told_by_its_last_part(tmp_path):
+    assert public_name(f"{tmp_path}/") == tmp_path.name
 
 
 def test_results_have_their_place(tmp_path):

@@ -4,6 +4,7 @@ import matplotlib.image
 import numpy
 import pytest
 
+from slm_pl import pictures
 from slm_pl.compression.plan import Base, DropLayers, MergeLayers, Method, Plan
 from slm_pl.pictures import (
     COLOURS,
@@ -92,6 +93,19 @@ def test_plans_of_strangers_are_drawn_or_passed_over():
         assert search_trace(replace(PLAN, outcome={}, trace=(broken,))) is None
     formula = replace(PLAN, method=Method("callbacks.SlidingWindowMerging", {"similarity": r"$\\foo$"}))
     assert search_trace(formula) is not None
+
+
+def test_of_endless_tries_the_first_are_drawn_and_the_picture_says_so(monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setattr(pictures, "_MOST_TRIES", 3)
+    titles: list[str] = []
+    monkeypatch.setattr(pictures, "set_title", lambda figure, title: titles.append(title))
+    rows = tuple({"low": 2, "high": 3, "similarity": 0.5, "accepted": n < 3} for n in range(1200))
+    picture = search_trace(replace(PLAN, trace=rows, outcome={}))
+    assert titles == ["8 → 7 layers: the first 3 of 1,200 tries"]
+    assert picture is not None
+    assert count(pixels(picture), COLOURS[5]) == 0  # all that were rejected came later
 
 
 def test_threshold_far_below_does_not_flatten_the_values():

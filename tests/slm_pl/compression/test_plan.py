@@ -132,6 +132,8 @@ def test_layer_groups_follow_several_plans():
     assert layer_groups([], 3) == [(0,), (1,), (2,)]
     assert layer_groups([first], 8) == [(0,), (1, 2, 3), (4,), (6,), (7,)]
     assert layer_groups([first, second], 8) == [(0, 1, 2, 3), (4,), (6,)]
+    endless = replace(PLAN, steps=(MergeLayers(2, 10**15, "keep_bottom"),))
+    assert layer_groups([endless], 4) == [(0,), (1,), (2, 3)]
 
 
 def test_host_is_the_layer_whose_projections_are_kept():

@@ -5,7 +5,7 @@ import pyarrow.parquet
 import pytest
 
 from slm_pl import files
-from slm_pl.data.readers import read_json_list, read_jsonl
+from slm_pl.data.readers import read_column, read_json_list, read_jsonl
 from slm_pl.data.rows import read_rows, rows_on_disk
 from slm_pl.errors import UsageError
 
@@ -91,6 +91,19 @@ def test_half_a_surrogate_pair_is_refused(tmp_path):
         file.write('\n{"instruction": "\\ud800", "output": ""}')
     with pytest.raises(UsageError, match=r"a\.jsonl, line 2: the text in column 'instruction' is no Unicode"):
         list(read_rows(path))
+
+
+def test_text_in_a_parquet_file_that_is_no_utf_8_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    offsets = pyarrow.py_buffer(b"\0\0\0\0\4\0\0\0")
+    bad = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, pyarrow.py_buffer(b"\xff\xfe\xfda")])
+    pyarrow.parquet.write_table(pyarrow.table({"instruction": bad, "output": bad}), path)
+    with pytest.raises(UsageError, match=r"a\.parquet cannot be read as a parquet file: 'utf-8' codec can't decode"):
+        list(read_rows(str(path)))
+    texts = read_column(str(path), None, "train", "output")
+    for read in (lambda: texts[0], lambda: list(texts)):
+        with pytest.raises(UsageError, match=r"a\.parquet: column 'output' holds text that is no UTF-8"):
+            read()
 
 
 def test_a_scratch_file_of_a_killed_process_is_removed(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from slm_pl.report.comparison import line_up, word_stderr
 from slm_pl.report.figures import ratio_text
 from slm_pl.report.protocols import harness_series
 from slm_pl.report.ranking import with_marks
-from slm_pl.report.rows import Cell, Row
+from slm_pl.report.rows import Cell, Row, one_line
 from slm_pl.report.tables import csv_text
 from slm_pl.results import Results
 from tests.helpers.records import marks_of, reasons_of, record_of, row_of, save, values_of
@@ -427,11 +427,12 @@ def test_a_broken_models_reason_is_told_as_the_hooks_wrote_it(pico_dir, tmp_path
 
 
 def test_texts_from_files_are_one_line(tmp_path):
-    pruned = record_of("two\nlines \x1b[31m\ud800", "ab")
+    pruned = record_of("two\nlines \x1b[31m", "ab")
     pruned.missing["drift"] = "a\nreason"
     pruned.drift = []
     dense = record_of("dense", "x")
     dense.drift = [DriftResult("embedded", 128, "none", 4064, "dense", 0.25, 0.01, 0.8, 0.005)]
     comparison = line_up(save(tmp_path, dense=dense, pruned=pruned))
-    assert comparison.labels[1] == "two lines [31m?"
+    assert comparison.labels[1] == "two lines [31m"
+    assert one_line("a\ud800\n b") == "a? b"
     assert reasons_of(comparison, "drift.kl")[1] == "a reason"

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from slm_pl.errors import UsageError
+from slm_pl.evaluation import PerplexityResult
 from slm_pl.report import compare
-from slm_pl.results import Environment, Results
+from slm_pl.results import Environment, FormError, Results, decode
 from tests.helpers.records import record_of, row_of, save, values_of
 
 # ------------------------------------------------------------------------------------------------- the record
@@ -95,6 +96,11 @@ def test_fields_of_a_later_version_are_ignored(tmp_path):
         (lambda data: data["perplexity"][0].pop("value"), r"perplexity\[0\].value is missing"),
         (lambda data: data["model"].update(num_layers="24"), "model.num_layers is a text, not int"),
         (lambda data: data.update(efficiency={}), "efficiency is an object, not a list"),
+        (
+            lambda data: data["perplexity"][0].update(value=-2.0),
+            r"perplexity\[0\]: value is -2.0; a perplexity",
+        ),
+        (lambda data: data["perplexity"][0].update(word_value=0), "word_value is 0.0; a perplexity is above 0"),
     ],
 )
 def test_broken_records(tmp_path, change, message):
@@ -108,7 +114,7 @@ def test_broken_records(tmp_path, change, message):
 def test_files_that_are_no_records(tmp_path):
     (tmp_path / "text").write_text("perplexity 20")
     (tmp_path / "list").write_text("[]")
-    for name, message in (("text", "is not JSON"), ("list", "a list"), ("absent", "No such file")):
+    for name, message in (("text", "is no JSON that can be read"), ("list", "a list"), ("absent", "No such file")):
         with pytest.raises(UsageError, match=message):
             Results.load(tmp_path / name)
 
@@ -330,6 +336,23 @@ def test_the_last_export_and_how_to_load_it(tmp_path, capsys):
         f'model = AutoModelForCausalLM.from_pretrained("{export}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{export}")\n'
     )
+
+
+def test_figures_and_names_of_strangers_are_compared(tmp_path):
+    """A source that is no path, and figures that nobody measured: below 1, for which a logarithmic bar has no place."""
+    records = {}
+    for number, (source, perplexity) in enumerate((("a" * 5000, 1e-3), ("a\0b", 0.5), ("x", 1e308))):
+        record = record_of(f"m{number}", "ab", perplexity=perplexity)
+        record.model = dataclasses.replace(record.model, source=source, num_parameters=10**99, num_layers=0)
+        records[f"m{number}"] = record
+    comparison = compare(save(tmp_path, **records))
+    assert comparison.export is None
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_number_that_no_float_holds_is_no_figure():
+    with pytest.raises(FormError, match="value is larger than a number can be"):
+        decode(PerplexityResult, {**dataclasses.asdict(record_of("x").perplexity[0]), "value": 10**400})
 
 
 def test_nothing_to_compare():
