@@ -18,9 +18,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from slm_pl.compression.architecture import context_length, num_layers
 from slm_pl.compression.plan import count_parameters
 from slm_pl.demo.line import Line
+from slm_pl.demo.markup import readable
 from slm_pl.demo.runs import Run, Settings
 from slm_pl.errors import UsageError
 from slm_pl.evaluation.efficiency.clock import finish
+from slm_pl.evaluation.efficiency.measuring import is_memory_full
 from slm_pl.evaluation.efficiency.memory import cache_bytes, weight_bytes
 from slm_pl.loading import DType, Source, load_model, load_tokenizer, resolve
 
@@ -116,8 +118,6 @@ class DemoModel:
         self.weight_bytes = weight_bytes(model)
         self._model = model.eval()
         self._tokenizer = tokenizer
-        # Tokenizers may not be used by two threads at a time.
-        self._tokenizing = threading.Lock()
         self._line = Line(label)
 
     @classmethod
@@ -125,9 +125,20 @@ class DemoModel:
         """Reads a model.
 
         Raises:
-            UsageError: As :func:`slm_pl.loading.load_model`.
+            UsageError: As :func:`slm_pl.loading.load_model`; or if it does not fit on the device.
         """
-        return cls(label, load_model(source, dtype).to(device), load_tokenizer(source), source.directory)  # type: ignore[arg-type]
+        tokenizer = load_tokenizer(source)
+        try:
+            model = load_model(source, dtype).to(device)  # type: ignore[arg-type]
+        except (RuntimeError, MemoryError, ValueError) as error:
+            # ValueError: some kinds of quantised weights are not moved.
+            if is_memory_full(error):
+                raise UsageError(
+                    f"{source.pretrained} does not fit into the memory of {device} beside what is there. Leave models "
+                    "out, give --dtype bfloat16, or another --device."
+                ) from error
+            raise UsageError(f"{source.pretrained} cannot be used on {device}: {failure(error)}.") from error
+        return cls(label, model, tokenizer, source.directory)
 
     @property
     def device(self) -> torch.device:
@@ -151,6 +162,7 @@ class DemoModel:
             The places in line, the growing text, and the end: :class:`Finished` or :class:`Failed`. Nothing follows
             once the run is superseded.
         """
+        # The tokenizer too is used by one thread at a time: by none before the model's turn.
         lines = [run.turns, self._line] if run.settings.in_turn else [self._line]
         places: list[tuple[Line, object]] = []
         try:
@@ -167,7 +179,8 @@ class DemoModel:
                 if not run.superseded:
                     yield event
         except UsageError as error:
-            yield Failed(str(error))
+            if not run.superseded:
+                yield Failed(str(error))
         finally:
             for line, place in reversed(places):
                 line.leave(place)
@@ -177,18 +190,15 @@ class DemoModel:
 
         ids = self._read(run)
         watch = _Watch([run.stop, abandoned := threading.Event()], self._model.device)
-        streamer = TextIteratorStreamer(
-            _Locked(self._tokenizer, self._tokenizing),  # type: ignore[arg-type]
-            skip_prompt=True,
-            skip_special_tokens=True,
-        )
-        ended: list[Tensor | Exception] = []
+        streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ended: list[Tensor | Failed] = []
 
         def work() -> None:
             try:
                 ended.append(self._generate(ids, run.settings, watch, streamer))
             except Exception as error:  # noqa: BLE001 - whatever a model fails with, its column says so
-                ended.append(error)
+                # Not the error itself: its frames hold what was in memory, and this list.
+                ended.append(Failed(_reason(error)))
             finally:
                 # Also where the streamer itself failed: whoever reads it must come to an end.
                 streamer.text_queue.put(streamer.stop_signal)
@@ -208,13 +218,12 @@ class DemoModel:
             abandoned.set()
             thread.join()
         (outcome,) = ended
-        if isinstance(outcome, Exception):
-            yield Failed(_reason(outcome))
+        if isinstance(outcome, Failed):
+            yield outcome
             return
         new = outcome[0, ids["input_ids"].shape[1] :]
         # Not what was streamed: a tokenizer may write tokens otherwise when it sees what follows.
-        with self._tokenizing:
-            text = str(self._tokenizer.decode(new, skip_special_tokens=True))
+        text = str(self._tokenizer.decode(new, skip_special_tokens=True))
         last = watch.writing(text)
         yield Finished(
             last.text,
@@ -227,9 +236,7 @@ class DemoModel:
         )
 
     def _read(self, run: Run) -> dict[str, Tensor]:
-        prompt = run.prompt.encode(errors="replace").decode()  # half of a surrogate pair is no text
-        with self._tokenizing:
-            found = self._tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        found = self._tokenizer(readable(run.prompt), return_tensors="pt", return_token_type_ids=False)
         tokens = found["input_ids"].shape[1]
         if not tokens:
             raise UsageError("The tokenizer makes no token of this prompt. Type some text.")
@@ -280,9 +287,11 @@ class Draw(LogitsProcessor):
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Adds the noise to logits ``[batch, vocabulary]``."""
+        """Leaves one token of logits ``[batch, vocabulary]``: the others become minus infinity."""
         noise = torch.empty(scores.shape, dtype=torch.float64).exponential_(generator=self._generator).log_().neg_()
-        return scores.double() / self._temperature + noise.to(scores.device)
+        # On the CPU: not every device computes in float64.
+        drawn = (scores.cpu().double() / self._temperature + noise).argmax(-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn.to(scores.device), 0.0)
 
 
 class _Watch(StoppingCriteria):
@@ -308,24 +317,17 @@ class _Watch(StoppingCriteria):
         return Writing(text, len(marks) - 1, first, marks[-1] - marks[0])
 
 
-class _Locked:
-    """A tokenizer's ``decode`` for one thread at a time."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", lock: threading.Lock) -> None:
-        self._tokenizer = tokenizer
-        self._lock = lock
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        with self._lock:
-            return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
-
-
 def _reason(error: Exception) -> str:
     """One line about a failure inside a model."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_memory_full(error):
         return "Out of memory. Take a shorter prompt or fewer new tokens."
+    return f"The model failed: {failure(error)}"
+
+
+def failure(error: Exception) -> str:
+    """The kind of an error, and the beginning of what it says."""
     first = str(error).strip().partition("\n")[0]
-    return f"The model failed: {type(error).__name__}{f': {first[:300]}' if first else ''}"
+    return f"{type(error).__name__}{f': {first[:300]}' if first else ''}"
 
 
 @dataclass(frozen=True)

@@ -376,14 +376,18 @@ def no_room(error: BaseException) -> str | None:
         The reason; None if the error says something else.
     """
     said = str(error).strip().partition("\n")[0] or type(error).__name__
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if is_memory_full(error):
         return f"out of memory: {said}"
-    if isinstance(error, RuntimeError):
-        if any(phrase in str(error) for phrase in _FULL):
-            return f"out of memory: {said}"
-        if any(phrase in str(error) for phrase in _NO_KERNEL):
-            return f"sdpa_backend has no kernel for this: {said}"
+    if isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _NO_KERNEL):
+        return f"sdpa_backend has no kernel for this: {said}"
     return None
+
+
+def is_memory_full(error: BaseException) -> bool:
+    """Whether an error says that there is no more memory; not all libraries have torch's exception for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _FULL)
 
 
 def _free(device: torch.device) -> None:

@@ -1,12 +1,15 @@
+import gc
+import itertools
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 
 from slm_pl.demo.engine import Absent, DemoModel, Draw, Failed, Finished, Waiting, Writing, load
 from slm_pl.demo.line import Line
-from slm_pl.demo.runs import MOST_CHARACTERS, Runs, Settings
+from slm_pl.demo.runs import MOST_CHARACTERS, MOST_REMEMBERED, Runs, Settings
 from slm_pl.errors import UsageError
 from tests.helpers.pico import pico_model
 from tests.helpers.tokenizer import pico_tokenizer
@@ -65,6 +68,14 @@ def test_draws_follow_the_softmax():
     expected = torch.softmax(logits[0] / 0.8, 0)
     torch.testing.assert_close(found, expected, atol=0.004, rtol=0)  # three and a half standard errors
     assert found[4] == 0
+
+
+def test_a_draw_is_of_the_dtype_of_the_logits_however_low_the_temperature():
+    # No float64 goes to the device: MPS has none.
+    drawn = Draw(1e-60, 5)(None, torch.tensor([[1.0, 3.0, 2.0]]))
+    assert drawn.dtype == torch.float32
+    assert drawn.argmax().item() == 1
+    assert torch.isfinite(drawn).sum() == 1
 
 
 def test_stop_ends_the_work_and_frees_the_line(one_thread):
@@ -136,26 +147,47 @@ def test_a_new_run_takes_the_place_of_the_old_one_which_shows_nothing_more(one_t
     run = begin("def main", runs=runs, new_tokens=4)
     assert list(before) == []
     assert list(model.complete(run))[-1].text == greedy(model, "def main", 4)
+    late = begin("token " * 400, runs=runs, new_tokens=56)
+    begin("def main", runs=runs)
+    assert list(model.complete(late)) == []  # it does not fit, which nobody wants to know any more
     runs.leave("someone")
     assert runs.current("someone") is None
     assert list(model.complete(run)) == []
 
 
-def test_models_in_turn_do_not_work_at_the_same_time(one_thread):
-    models, run = [served("a"), served("b", seed=1)], begin(in_turn=True, new_tokens=30)
-    spans = {}
+def test_models_in_turn_do_not_work_at_the_same_time_whoever_asks(one_thread):
+    models, runs = [served("a"), served("b", seed=1)], Runs()
+    asked = [begin(person=person, runs=runs, in_turn=True, new_tokens=30) for person in ("first", "second")]
+    spans = []
 
-    def ask(model):
+    def ask(model, run):
         last = list(model.complete(run))[-1]
-        spans[model.label] = (time.perf_counter() - last.seconds, time.perf_counter())
+        spans.append((time.perf_counter() - last.seconds, time.perf_counter()))
 
-    threads = [threading.Thread(target=ask, args=(model,)) for model in models]
+    threads = [threading.Thread(target=ask, args=(model, run)) for run in asked for model in models]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    first, second = sorted(spans.values())
-    assert second[0] > first[1] - 0.05
+    spans.sort()
+    assert len(spans) == 4
+    for before, after in itertools.pairwise(spans):
+        assert after[0] > before[1] - 0.05
+
+
+def test_the_runs_of_people_who_left_without_a_word_are_forgotten():
+    runs = Runs()
+    works = begin(person="works", runs=runs)
+    with runs.claim("works", works.number, 0) as run:
+        assert run is works
+        for person in range(MOST_REMEMBERED + 5):
+            begin(person=str(person), runs=runs)
+        assert runs.current("works") is works
+        assert runs.current("5") is None
+        assert runs.current("6") is not None
+    begin(person="another", runs=runs)
+    assert runs.current("works") is None
+    assert len(runs._runs) == MOST_REMEMBERED
 
 
 @pytest.mark.parametrize(
@@ -217,6 +249,43 @@ def test_a_model_that_fails_says_so_and_goes_on_with_the_next_request(one_thread
     assert isinstance(absent, Absent)
     (failed,) = absent.complete(run)
     assert "There is no directory" in failed.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "does not fit into the memory of cpu"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "does not fit into the memory"),
+        (RuntimeError("no kernel image\nand more"), "cannot be used on cpu: RuntimeError: no kernel image."),
+    ],
+)
+def test_weights_that_do_not_fit_are_an_absent_model(pico_dir, monkeypatch, error, told):
+    def to(self, device):
+        raise error
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", to)
+    absent = load("pico", str(pico_dir), False, "auto", torch.device("cpu"))
+    assert isinstance(absent, Absent)
+    assert told in absent.reason
+
+
+def test_out_of_memory_lets_go_of_what_was_in_memory(one_thread):
+    model, caches = served(), []
+
+    def fill(module, args, kwargs):
+        caches.append(weakref.ref(kwargs["past_key_values"]))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = model._model.model.layers[2].register_forward_pre_hook(fill, with_kwargs=True)
+    gc.collect()
+    gc.disable()
+    try:
+        (failed,) = model.complete(begin())
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
+        hook.remove()
+    assert failed == Failed("Out of memory. Take a shorter prompt or fewer new tokens.")
 
 
 def test_a_streamer_that_fails_does_not_hang(one_thread, monkeypatch):
