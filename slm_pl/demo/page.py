@@ -2,15 +2,15 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 import gradio as gr
 import torch
 
 from slm_pl.demo import sights
-from slm_pl.demo.engine import Absent, DemoModel, Event, Failed, Finished, Waiting, Writing, process_memory
-from slm_pl.demo.runs import MOST_CHARACTERS, MOST_NEW_TOKENS, Runs, Settings
+from slm_pl.demo.engine import Absent, DemoModel, Event, Failed, Finished, Waiting, Writing, failure, process_memory
+from slm_pl.demo.markup import escape, readable
+from slm_pl.demo.runs import MOST_AT_ONCE, MOST_CHARACTERS, MOST_NEW_TOKENS, Runs, Settings
 from slm_pl.errors import UsageError
 from slm_pl.report.comparison import Comparison
 
@@ -58,6 +58,9 @@ CSS = """
 .sight figcaption { color: var(--body-text-color-subdued); font-size: 0.87rem; margin-top: 0.3rem; }
 """
 _EXAMPLE = "The capital of France is"
+MOST_THREADS = 2 * MOST_AT_ONCE + 40
+"""One for each that is served or waits, in the models' lines and in that of those who work in turn, and some for what
+is quick: without a thread, Run would not even be told that a model is busy."""
 
 
 def build(models: "Sequence[DemoModel | Absent]", comparison: Comparison | None) -> gr.Blocks:
@@ -93,7 +96,7 @@ def build(models: "Sequence[DemoModel | Absent]", comparison: Comparison | None)
                 temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token")
                 seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="of the draws, above temperature 0")
                 in_turn = gr.Checkbox(
-                    label="One model at a time", info="speeds that compare: nothing else takes the processors"
+                    label="One model at a time", info="speeds that compare, unless somebody else runs all at once"
                 )
             columns: list[tuple[gr.Textbox, gr.HTML]] = []
             with gr.Row():
@@ -101,7 +104,7 @@ def build(models: "Sequence[DemoModel | Absent]", comparison: Comparison | None)
                     with gr.Column(min_width=280):
                         gr.HTML(_facts(one))
                         text = gr.Textbox(
-                            label=f"Completion by {one.label}",
+                            label=f"Completion by {readable(one.label)}",
                             show_label=False,
                             lines=9,
                             max_lines=9,
@@ -123,7 +126,7 @@ def build(models: "Sequence[DemoModel | Absent]", comparison: Comparison | None)
             shown = []
             for index, one in enumerate(models):
                 # Not tabs: a row of long labels would be wider than a narrow window.
-                with gr.Accordion(one.label, elem_classes="model"):
+                with gr.Accordion(readable(one.label), elem_classes="model"):
                     shown.append(gr.HTML('<div class="sight"><p>Drawing …</p></div>', elem_id=f"layers_{index}"))
 
         number = gr.State(0)
@@ -137,10 +140,11 @@ def build(models: "Sequence[DemoModel | Absent]", comparison: Comparison | None)
             concurrency_limit=None,
             api_visibility="private",
         )
-        for one, column in zip(models, columns, strict=True):
-            # All at once: the models' own lines let one request through at a time, and say how many are ahead.
+        for index, (one, column) in enumerate(zip(models, columns, strict=True)):
+            # As many as come, up to MOST_THREADS: the models' own lines let one request through at a time, say how many
+            # are ahead, and refuse more than they hold.
             written = begun.then(
-                _writer(runs, one),
+                _writer(runs, one, index),
                 number,
                 list(column),
                 show_progress="hidden",
@@ -192,13 +196,13 @@ def _beginner(runs: Runs) -> Callable[..., tuple[int, str]]:
     return begin
 
 
-def _writer(runs: Runs, model: "DemoModel | Absent") -> Callable[..., Iterator[Shown]]:
+def _writer(runs: Runs, model: "DemoModel | Absent", column: int) -> Callable[..., Iterator[Shown]]:
     def write(number: int, request: gr.Request) -> Iterator[Shown]:
-        run = runs.current(str(request.session_hash))
-        if run is None or run.number != number:
-            return  # nothing was begun, or something else was meanwhile
-        for event in model.complete(run):
-            yield show(event)
+        with runs.claim(str(request.session_hash), number, column) as run:
+            if run is None:
+                return  # nothing was begun, something else was meanwhile, or another click does it
+            for event in model.complete(run):
+                yield show(event)
 
     return write
 
@@ -211,15 +215,19 @@ def _painter(models: "Sequence[DemoModel | Absent]") -> Callable[[], list[str]]:
     def paint() -> list[str]:
         with lock:
             if not drawn:
-                drawn.extend(
-                    sights.layers_html(one.label, one.directory, one.parameters)
-                    if isinstance(one, DemoModel)
-                    else f'<div class="sight"><p class="warning">{escape(one.reason)}</p></div>'
-                    for one in models
-                )
+                drawn[:] = [_layers(one) for one in models]
         return drawn
 
     return paint
+
+
+def _layers(model: "DemoModel | Absent") -> str:
+    if isinstance(model, Absent):
+        return sights.warning_html(model.reason)
+    try:
+        return sights.layers_html(model.label, model.directory, model.parameters)
+    except Exception as error:  # noqa: BLE001 - whatever a plan ends in, the other models are shown
+        return sights.warning_html(f"The layers of {model.label} cannot be shown: {failure(error)}")
 
 
 def show(event: Event) -> Shown:

@@ -3,9 +3,7 @@
 Every text may come from a stranger's file, and is escaped; pictures are ``img`` elements, in which nothing runs.
 """
 
-import base64
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 from slm_pl.compression.plan import (
@@ -18,12 +16,14 @@ from slm_pl.compression.plan import (
     Step,
     load_plans,
 )
+from slm_pl.demo.markup import escape
 from slm_pl.errors import UsageError
 from slm_pl.layer_map import MAP, load_layer_map
 from slm_pl.pictures import load_figures, trace_pictures
 from slm_pl.report import tables
 from slm_pl.report.comparison import Comparison
 from slm_pl.report.pareto import pareto_plot
+from slm_pl.report.webpage import picture_html
 
 _MOST_ROWS = 400
 
@@ -40,7 +40,7 @@ def comparison_html(comparison: Comparison) -> str:
         _table(shown.heads, lines, "figures"),
         *(_paragraph(f"[{index}] {note}", "soft") for index, note in enumerate(shown.notes, 1)),
         *(_paragraph(sentence, "soft") for sentence in tables.legend(comparison)),
-        "" if picture is None else _figure("Quality against cost", picture, "png"),
+        "" if picture is None else picture_html("Quality against cost", picture),
         "<h3>Measured on</h3>",
         *(_paragraph(line, "soft") for line in tables.environment_lines(comparison)),
     ]
@@ -61,21 +61,26 @@ def layers_html(label: str, directory: Path | None, parameters: int | None = Non
         plans = load_plans(directory)
         maps = load_layer_map(directory, parameters)
     except UsageError as error:
-        return _whole([_paragraph(str(error), "warning")])
+        return warning_html(str(error))
     if not plans:
         return _whole([_paragraph(f"{label} has no plan: it is a dense model, none of its layers were changed.")])
-    parts = [_figure("What became of each layer", maps[f"{MAP}.svg"], "svg+xml")]
+    parts = [picture_html("What became of each layer", maps[f"{MAP}.svg"], "svg+xml")]
     figures = load_figures(directory, len(plans))
     for number, plan in enumerate(plans, start=1):
         parts.append(f"<h3>{_numbered('Plan', number, plans)}</h3>" + _paragraph(_summary(plan)))
         parts.append(_table(["Layers", "What became of them"], _steps(plan), "steps"))
-        parts += [_figure("What the search saw", picture, "png") for picture in trace_pictures(plan, number).values()]
+        parts += [picture_html("What the search saw", picture) for picture in trace_pictures(plan, number).values()]
     parts += [
-        _figure("How alike the layers were before (CKA)", content, "png")
+        picture_html("How alike the layers were before (CKA)", content)
         for name, content in figures.items()
         if name.endswith(".png")
     ]
     return _whole(parts)
+
+
+def warning_html(text: str) -> str:
+    """Why there is nothing to see."""
+    return _whole([_paragraph(text, "warning")])
 
 
 def _numbered(what: str, number: int, of: Sequence[object]) -> str:
@@ -139,14 +144,6 @@ def _table(heads: Sequence[str], lines: Iterable[Sequence[str]], name: str) -> s
 
 def _paragraph(text: str, kind: str = "") -> str:
     return f'<p class="{kind}">{escape(text)}</p>'
-
-
-def _figure(shown: str, content: bytes, kind: str) -> str:
-    data = base64.b64encode(content).decode()
-    return (
-        f'<figure><img alt="{escape(shown)}" src="data:image/{kind};base64,{data}">'
-        f"<figcaption>{escape(shown)}</figcaption></figure>"
-    )
 
 
 def _whole(parts: Iterable[str]) -> str:

@@ -169,10 +169,10 @@ def page(comparison: Comparison, pictures: dict[str, tuple[str, bytes]], maps: S
         '<div class="notes">' * bool(notes),
         *(f'<p id="note-{index}">[{index}] {escape(note)}</p>' for index, note in enumerate(notes, 1)),
         "</div>" * bool(notes),
-        *(_picture(shown, png) for shown, png in pictures.values()),
+        *(picture_html(shown, png) for shown, png in pictures.values()),
         '<h2>What became of every layer</h2><div class="maps">' * bool(maps),
         # As images, in which nothing runs.
-        *(_picture(f"Layers of {names}", svg, "svg+xml") for names, svg in maps),
+        *(picture_html(f"Layers of {names}", svg, "svg+xml") for names, svg in maps),
         "</div>" * bool(maps),
         "<h2>Measured on</h2>",
         '<ul class="environment">',
@@ -224,7 +224,8 @@ def _cell(cell: Cell, row: Row, note: int | None) -> str:
     return f'<td data-value="{cell.value!r}" title="{escape("; ".join(told))}">{text}</td>'
 
 
-def _picture(shown: str, content: bytes, kind: str = "png") -> str:
+def picture_html(shown: str, content: bytes, kind: str = "png") -> str:
+    """An ``img`` element, in which nothing runs, with what it shows under it."""
     data = base64.b64encode(content).decode()
     return (
         f'<figure><img alt="{escape(shown)}" src="data:image/{kind};base64,{data}">'
