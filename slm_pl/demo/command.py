@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from jsonargparse import ArgumentParser
 
+from slm_pl.demo.markup import readable
+from slm_pl.demo.runs import MOST_MODELS
 from slm_pl.errors import UsageError
 from slm_pl.loading import KINDS, DType
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MOST_MODELS = 4
+_HERE = ("localhost", "127.0.0.1", "::1")
+_EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104
 
 
 def demo_parser() -> ArgumentParser:
@@ -35,7 +38,13 @@ def demo_parser() -> ArgumentParser:
         help=f"Up to {MOST_MODELS}, each {KINDS}. Without a label, a directory's name is it.",
     )
     parser.add_argument("--results", nargs="*", default=[], help="results.json files, for the table and the plot.")
-    parser.add_argument("--host", type=str, default="127.0.0.1", help="Address to listen on; 0.0.0.0 is everybody's.")
+    parser.add_argument(
+        "--host",
+        type=str,
+        default="127.0.0.1",
+        help="Address to listen on, and the only name beside localhost that a browser may call it by; 0.0.0.0 is "
+        "everybody's, under any name.",
+    )
     parser.add_argument("--port", type=int, default=7860, help="Port to listen on.")
     parser.add_argument("--dtype", type=DType, default="auto", help="Of the weights; auto is the checkpoint's.")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, …; auto takes a GPU where there is one.")
@@ -72,9 +81,10 @@ def run_demo(args: Sequence[str]) -> None:
     from slm_pl.demo import page
 
     blocks = page.build(models, comparison)
+    _without_proxy(options.host)
     try:
         blocks.launch(
-            server_name=options.host,
+            server_name=_address(options.host),
             server_port=options.port,
             share=False,
             inbrowser=False,
@@ -86,10 +96,10 @@ def run_demo(args: Sequence[str]) -> None:
             mcp_server=False,
             enable_monitoring=False,
             run_history=False,
-            max_file_size=1,  # nothing is uploaded
+            max_threads=page.MOST_THREADS,
             theme=page.theme(),
             css=page.CSS,
-            app_kwargs={"middleware": _middleware()},
+            app_kwargs={"middleware": middleware(options.host)},
         )
         # Gradio's own message would come with a note on sharing.
         print(f"Open {blocks.local_url} (Ctrl-C ends it)", flush=True)
@@ -115,10 +125,11 @@ def label_models(given: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for one in given:
         label, separator, model = one.partition("=")
+        label = readable(label)
         # A path may hold the sign itself.
         if not separator or os.path.exists(one):
             path = Path(one)
-            label, model = (path.parent.name if path.name == "export" else path.name) or one, one
+            label, model = readable((path.parent.name if path.name == "export" else path.name) or one), one
         if not label.strip() or not model:
             raise UsageError(
                 f"--models got {one!r}; give LABEL=MODEL, for example pruned=runs/quickstart/pruned/export."
@@ -168,7 +179,9 @@ def _taken(host: str, port: int, error: OSError) -> UsageError:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        # What torch was built for need not be in this machine.
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -183,26 +196,56 @@ _POLICY = (
     b"img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'; "
     b"form-action 'self'; base-uri 'self'"
 )
-"""Should an escape ever be forgotten: the page fetches nothing from elsewhere, and sends nothing there."""
+"""Should an escape ever be forgotten: the page loads nothing from elsewhere, and no other page frames it.
+
+It is no second wall: Gradio's own scripts stand in the page, so a stranger's would run too, and could go elsewhere.
+"""
 
 
 class _Guard:
-    """Adds the policy to every answer."""
+    """Adds the policy to every answer, and takes no files: the page has no use for any."""
 
     def __init__(self, app: "ASGIApp") -> None:
         self._app = app
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        from starlette.responses import PlainTextResponse
+
         async def guarded(message: "Message") -> None:
             if message["type"] == "http.response.start":
                 extra = [(b"content-security-policy", _POLICY), (b"referrer-policy", b"no-referrer")]
                 message["headers"] = [*message.get("headers", []), *extra]
             await send(message)
 
-        await self._app(scope, receive, guarded)
+        refused = scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload")
+        app = PlainTextResponse("Nothing is uploaded here.", status_code=403) if refused else self._app
+        await app(scope, receive, guarded)
 
 
-def _middleware() -> list[object]:
+def middleware(host: str) -> list[object]:
+    """What stands before the page.
+
+    A browser is answered only if it calls this server by a name that is known to be its own: any other may be that of a
+    page elsewhere, whose owner made the name point here to read along.
+
+    Args:
+        host: What it listens on. If that is every address of the computer, any name may be right.
+    """
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    return [Middleware(_Guard)]
+    names = ["*"] if host in _EVERY_ADDRESS else [_address(name) for name in (*_HERE, host)]
+    return [Middleware(_Guard), Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)]
+
+
+def _address(host: str) -> str:
+    """A host as it stands in an address."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _without_proxy(host: str) -> None:
+    """Lets Gradio, which asks its own server whether it is there, do so directly, also where a proxy is the rule."""
+    before = [os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")]
+    names = dict.fromkeys(one.strip() for text in before for one in text.split(","))
+    told = ",".join(name for name in (*names, *_HERE, host) if name)
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = told

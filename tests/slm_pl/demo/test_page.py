@@ -1,5 +1,6 @@
 """The demo in a real browser, started as its users start it."""
 
+import http.client
 import os
 import re
 import signal
@@ -68,7 +69,8 @@ def server(models, tmp_path_factory):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A proxy that is the rule must not be asked for the server's own address.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": ""},
     )
     watchdog = threading.Timer(150, process.kill)
     watchdog.start()
@@ -78,11 +80,12 @@ def server(models, tmp_path_factory):
         if line.startswith("Open http"):
             break
     else:
+        watchdog.cancel()
         pytest.fail("".join(said))
+    watchdog.cancel()  # of the start alone
     assert f"Open http://127.0.0.1:{port}/" in said[-1]
     threading.Thread(target=process.stdout.read, daemon=True).start()
     yield f"http://127.0.0.1:{port}/"
-    watchdog.cancel()
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
 
@@ -182,6 +185,23 @@ def test_both_columns_fill_and_the_third_says_why_not(page):
     assert "6 layers" in body
     assert "4 layers" in body
     assert re.search(r"the process with all models takes [\d,]+ MiB of main memory", body)
+
+
+def test_other_names_than_its_own_and_uploads_are_refused(server):
+    address = server.removeprefix("http://").strip("/")
+    port = address.rpartition(":")[2]
+
+    def asked(method, path, host):
+        connection = http.client.HTTPConnection(address, timeout=20)
+        connection.request(method, path, headers={"Host": host, "Origin": f"http://{host}"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+    for host in (address, f"localhost:{port}", f"[::1]:{port}"):
+        assert asked("GET", "/", host)[0] == 200
+    for path in ("/", "/config", "/gradio_api/startup-events"):
+        assert asked("GET", path, f"evil.example:{port}") == (400, b"Invalid host header")
+    assert asked("POST", "/gradio_api/upload", address)[0] == 403
 
 
 def test_an_empty_prompt_is_told_and_leaves_the_columns(page):
