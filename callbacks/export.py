@@ -191,7 +191,7 @@ class ExportCheckpoint(EarlyCheck, TrainedCallback):
             return needs_own_code(model)
 
         own_code = on_first_rank(trainer, write)
-        example = load_example(directory, own_code, quantization is not None)
+        example = load_example(directory, "own code" if own_code else "stock", quantization is not None)
         rank_zero_info(f"Exported to {directory}. Load it with:\n{example}")
 
 

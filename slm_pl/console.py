@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -11,22 +11,30 @@ if TYPE_CHECKING:
 OWN_CODE = "modeling_pruned"
 """Module of a checkpoint whose layers differ in width."""
 
-_LOAD_EXAMPLE = """\
-{needs}from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{path}"{options})
-tokenizer = AutoTokenizer.from_pretrained("{path}")"""
+By = Literal["stock", "own code", "package"]
+"""What loads a checkpoint: transformers, with the code that it brings if its layers differ in width; or this package,
+which needs no code of its."""
 
 
-def load_example(path: str, own_code: bool, quantised: bool = False) -> str:
+def load_example(path: str, by: By = "stock", quantised: bool = False) -> str:
     """What to say of an exported checkpoint.
 
     Args:
         path: Where it is.
-        own_code: Whether its layers differ in width, so that it brings the code that loads it.
+        by: What loads it.
         quantised: Whether its weights are int8, so that transformers needs torchao.
     """
-    needs = "# needs torchao: pip install torchao\n" if quantised else ""
-    return _LOAD_EXAMPLE.format(path=path, options=", trust_remote_code=True" if own_code else "", needs=needs)
+    lines = ["# needs torchao: pip install torchao"] if quantised else []
+    if by == "package":
+        lines += ["from slm_pl.export import load_compressed", f"model, tokenizer, plans = load_compressed({path!r})"]
+        return "\n".join(lines)
+    options = ", trust_remote_code=True" if by == "own code" else ""
+    lines += [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"model = AutoModelForCausalLM.from_pretrained({path!r}{options})",
+        f"tokenizer = AutoTokenizer.from_pretrained({path!r})",
+    ]
+    return "\n".join(lines)
 
 
 def brings_code(path: str) -> bool:

@@ -152,7 +152,7 @@ def _describe(writer: "GGUFWriter", config: "PreTrainedConfig", directory: Path,
     """Adds everything but the tokenizer and the tensors."""
     import gguf
 
-    plans = load_plans(directory)
+    plans = load_plans(directory, tensors=False)
     base = public_name(plans[0].base.pretrained) if plans else directory.resolve().name
     fields = gguf_fields(config)
     writer.add_type(gguf.GGUFType.MODEL)

@@ -138,24 +138,10 @@ def _counts(value: object) -> list[int] | None:
 def load_dense_layers(directory: Path, plans: Sequence[Plan]) -> list[int] | None:
     """The dense layers' parameters for an export made from another, whose plans these begin with."""
     try:
-        carried = load_plans(directory)
+        carried = load_plans(directory, tensors=False)
     except UsageError:
         return None
     return load_sizes(directory, carried)[0] if carried == list(plans[: len(carried)]) else None
-
-
-def load_layer_map(directory: Path, parameters: int | None = None) -> dict[str, bytes]:
-    """Draws the map of the model in a directory, from the plans beside it; nothing if there are none.
-
-    Args:
-        directory: An export.
-        parameters: All parameters of the model.
-
-    Raises:
-        UsageError: If its plans cannot be read, or do not follow on each other.
-    """
-    plans = load_plans(directory)
-    return layer_map(plans, *load_sizes(directory, plans), parameters)
 
 
 def _title(plans: Sequence[Plan], fates: Sequence[LayerFate], parameters: int | None) -> str:

@@ -191,7 +191,7 @@ def _made_of(model: "PreTrainedModel", plans: list[Plan], recovered: bool) -> li
 def _use(model: "PreTrainedModel", plans: list[Plan], quantised: str | None) -> list[str]:
     """How to load it, and which other programs can."""
     own_code = needs_own_code(model)
-    lines = ["```python", load_example(".", own_code, quantised == INT8), "```", ""]
+    lines = ["```python", load_example(".", "own code" if own_code else "stock", quantised == INT8), "```", ""]
     if own_code:
         lines += [
             f"Its layers differ in width, which `{OWN_CODE}.py` beside this file tells transformers. With slm_pl, "

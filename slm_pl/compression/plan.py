@@ -251,8 +251,12 @@ class Plan:
         files.write_text(path, self.file_text)
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> "Plan":
+    def load(path: str | os.PathLike[str], tensors: bool = True) -> "Plan":
         """Reads a plan.
+
+        Args:
+            path: Of the file.
+            tensors: Also read what its steps need beside numbers; without, the plan can be shown and not be applied.
 
         Raises:
             UsageError: If the file is missing, is not JSON, is of another schema version, lacks a field or is not as
@@ -274,7 +278,7 @@ class Plan:
             written = text.removesuffix(_seal_line(data[SEAL])) + "\n}\n"
             if data[SEAL] not in (hashlib.sha256(written.encode()).hexdigest(), plan.sha256):
                 raise UsageError(broken_seal(path))
-        if plan.tensors_sha256 is None:
+        if plan.tensors_sha256 is None or not tensors:
             return plan
         return replace(plan, tensors=_load_tensors(tensors_file(path), plan.tensors_sha256))
 
@@ -408,9 +412,9 @@ def plan_files(directory: str | os.PathLike[str]) -> list[Path]:
     return [directory / name for name in names[:-1]]
 
 
-def load_plans(directory: str | os.PathLike[str]) -> list[Plan]:
-    """Reads all plans of a model directory, in order; an empty list for a dense model."""
-    return [Plan.load(path) for path in plan_files(directory)]
+def load_plans(directory: str | os.PathLike[str], tensors: bool = True) -> list[Plan]:
+    """Reads all plans of a model directory, in order; an empty list for a dense model. See :meth:`Plan.load`."""
+    return [Plan.load(path, tensors) for path in plan_files(directory)]
 
 
 def save_plans(plans: list[Plan], directory: str | os.PathLike[str]) -> None:

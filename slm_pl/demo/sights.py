@@ -18,7 +18,7 @@ from slm_pl.compression.plan import (
 )
 from slm_pl.demo.markup import escape
 from slm_pl.errors import UsageError
-from slm_pl.layer_map import MAP, load_layer_map
+from slm_pl.layer_map import MAP, layer_map, load_sizes
 from slm_pl.pictures import load_figures, trace_pictures
 from slm_pl.report import tables
 from slm_pl.report.comparison import Comparison
@@ -58,8 +58,8 @@ def layers_html(label: str, directory: Path | None, parameters: int | None = Non
     if directory is None:
         return _whole([_paragraph(f"{label} was not read from a directory, so no plan is known.")])
     try:
-        plans = load_plans(directory)
-        maps = load_layer_map(directory, parameters)
+        plans = load_plans(directory, tensors=False)
+        maps = layer_map(plans, *load_sizes(directory, plans), parameters)
     except UsageError as error:
         return warning_html(str(error))
     if not plans:

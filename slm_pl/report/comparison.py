@@ -37,7 +37,6 @@ class Comparison:
         rows: The table.
         warnings: What keeps figures from being comparable.
         output_dir: Where the report goes.
-        export: Directory of the last compressed model among the records, if it is there.
     """
 
     labels: list[str]
@@ -48,7 +47,6 @@ class Comparison:
     rows: list[Row]
     warnings: list[str]
     output_dir: Path
-    export: str | None
 
 
 def line_up(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
@@ -86,7 +84,6 @@ def line_up(paths: Sequence[str], output_dir: str | None = None) -> Comparison:
         rows=rows,
         warnings=[one_line(warning) for warning in warnings],
         output_dir=Path(output_dir),
-        export=_last_export(records),
     )
 
 
@@ -101,14 +98,6 @@ def _distinct_labels(files: list[Path], records: list[Results]) -> list[str]:
         f"{label} #{labels[: index + 1].count(label)}" if labels.count(label) > 1 else label
         for index, label in enumerate(labels)
     ]
-
-
-def _last_export(records: list[Results]) -> str | None:
-    for record in reversed(records):
-        # Of pathlib, is_file() raises for names that are too long.
-        if record.model.plan_sha256 is not None and os.path.isfile(os.path.join(record.model.source, "config.json")):
-            return record.model.source
-    return None
 
 
 def _rows(records: list[Results], baselines: list[int | None]) -> list[Row]:

@@ -1,6 +1,7 @@
 """The exports that compared records are of, where they are still there: their layer maps, and their cards."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from slm_pl.model_card import CARD, with_results
 from slm_pl.report.comparison import Comparison
 from slm_pl.report.rows import one_line
 from slm_pl.report.tables import results_section
+from slm_pl.results import Results
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Export:
 
     Args:
         directory: It.
-        plans: Its plans.
+        plans: Its plans, without their tensors.
     """
 
     directory: Path
@@ -39,18 +41,34 @@ def exports_of(comparison: Comparison) -> tuple[list[Export | None], list[str]]:
     found: list[Export | None] = []
     notes: list[str] = []
     for label, path, record in zip(comparison.labels, comparison.paths, comparison.records, strict=True):
-        export = None
-        wanted = record.model.plan_sha256
-        for directory in (Path(record.model.source), path.parent) if wanted is not None else ():
-            try:
-                plans = load_plans(directory) if (directory / PLAN_FILE).is_file() else []
-            except (UsageError, OSError) as error:
-                notes.append(one_line(f"{label}: no layer map. {error}"))
-                continue
-            if export is None and plans and plans[-1].sha256 == wanted:
-                export = Export(directory, plans)
+        export, wrong = _export_of(record, [Path(record.model.source), path.parent])
         found.append(export)
+        notes += [one_line(f"{label}: no layer map. {one}") for one in wrong]
     return found, notes
+
+
+def last_model(comparison: Comparison) -> tuple[Path, Results] | None:
+    """The last compressed model that is there as it was measured: its directory and its record."""
+    for record in reversed(comparison.records):
+        directory = Path(record.model.source)
+        if _export_of(record, [directory])[0] is not None and (directory / "config.json").is_file():
+            return directory, record
+    return None
+
+
+def _export_of(record: Results, directories: Sequence[Path]) -> tuple[Export | None, list[str]]:
+    """The first of these directories that has a record's plans; and what is wrong with plans before it."""
+    wrong: list[str] = []
+    wanted = record.model.plan_sha256
+    for directory in directories if wanted is not None else ():
+        try:
+            plans = load_plans(directory, tensors=False) if (directory / PLAN_FILE).is_file() else []
+        except (UsageError, OSError) as error:
+            wrong.append(str(error))
+            continue
+        if plans and plans[-1].sha256 == wanted:
+            return Export(directory, plans), wrong
+    return None, wrong
 
 
 def layer_maps(comparison: Comparison, exports: list[Export | None]) -> tuple[list[tuple[str, bytes]], list[str]]:

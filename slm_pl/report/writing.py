@@ -15,6 +15,7 @@ from slm_pl.report.charts import comparison_bars
 from slm_pl.report.comparison import Comparison, line_up
 from slm_pl.report.efficiency_charts import efficiency_plot
 from slm_pl.report.pareto import MOST_NAMED, pareto_plot
+from slm_pl.report.rows import one_line
 from slm_pl.report.tables import Entry
 
 BARS, PARETO, EFFICIENCY = "comparison.png", "pareto.png", "comparison_efficiency.png"
@@ -47,7 +48,7 @@ def compare(paths: Sequence[str], output_dir: str | None = None, cards: bool = F
     pictures = {name: (shown, png) for name, (shown, png) in drawn.items() if png is not None}
     for name in drawn.keys() - pictures.keys():
         (directory / name).unlink(missing_ok=True)  # of other models, by an earlier run
-    found, notes = exports.exports_of(comparison)
+    found, notes = exports.exports_of(comparison) if few or cards else ([], [])
     maps, undrawn = exports.layer_maps(comparison, found) if few else ([], [])
     texts = {
         "comparison.md": tables.markdown(comparison, {name: shown for name, (shown, _) in pictures.items()}),
@@ -120,9 +121,11 @@ def _print(comparison: Comparison, written: list[str]) -> None:
     if len(comparison.labels) > MOST_NAMED:
         console.print(Text(f"No bars are drawn of more than {MOST_NAMED} models.", style="dim"))
     console.print(Text(f"Written: {comparison.output_dir}/{', '.join(written)}"), soft_wrap=True)
-    if comparison.export is not None:
-        console.print(Text(f"\nThe compressed model: {comparison.export}\nLoad it with"), soft_wrap=True)
-        own = [record for record in comparison.records if record.model.source == comparison.export]
-        quantised = any(protocols.quantization_of(record) == INT8 for record in own)
-        example = load_example(comparison.export, brings_code(comparison.export), quantised)
+    last = exports.last_model(comparison)
+    if last is not None:
+        directory, record = str(last[0]), last[1]
+        quantised = protocols.quantization_of(record) == INT8
+        # Who compares has this package, so that nobody has to run the code that a directory brings.
+        example = load_example(directory, "package" if brings_code(directory) else "stock", quantised)
+        console.print(Text(f"\nThe compressed model: {one_line(directory)}\nLoad it with"), soft_wrap=True)
         console.print(Text(example, style="bold"), soft_wrap=True)

@@ -179,7 +179,7 @@ for name in ("slm_pl", "callbacks"):
         continue
     raise SystemExit(name + " can be imported")
 import json, torch
-{load_example(str(path), own_code=unequal)}
+{load_example(str(path), "own code" if unequal else "stock")}
 torch.set_num_threads({torch.get_num_threads()})  # equal to the last bit with as many threads only
 expected = torch.load("expected.pt", weights_only=True)
 with torch.inference_mode():

@@ -4,10 +4,9 @@ import re
 import pytest
 
 from slm_pl.compression import surgery
-from slm_pl.compression.plan import Base, DropLayers, KeepChannels, MergeLayers, Method, Plan
-from slm_pl.errors import UsageError
+from slm_pl.compression.plan import Base, DropLayers, KeepChannels, MergeLayers, Method, Plan, load_plans
 from slm_pl.export import save_compressed
-from slm_pl.layer_map import layer_map, layer_parameters, load_dense_layers, load_layer_map, load_sizes
+from slm_pl.layer_map import layer_map, layer_parameters, load_dense_layers, load_sizes
 from tests.helpers.pico import pico_model
 from tests.helpers.tokenizer import pico_tokenizer
 
@@ -111,10 +110,7 @@ def test_figures_that_cannot_be_are_not_known(exported, value, tmp_path):
 
 def test_map_of_a_directory(exported, tmp_path):
     directory, plans = exported
-    assert load_layer_map(tmp_path) == {}
-    drawn = load_layer_map(directory)
+    assert layer_map([], *load_sizes(tmp_path, [])) == {}
+    drawn = layer_map(load_plans(directory, tensors=False), *load_sizes(directory, plans))
     assert set(drawn) == {"layer_map.svg", "layer_map.png"}
     assert "25%" in texts(drawn["layer_map.svg"])
-    (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(UsageError, match="schema_version"):
-        load_layer_map(tmp_path)

@@ -103,6 +103,11 @@ def test_missing_or_broken_tensors_are_refused(content, tmp_path):
         UsageError, match=r"plan\.tensors\.safetensors, which cannot be read .*Keep both files together"
     ):
         Plan.load(tmp_path / "plan.json")
+    # Whoever only shows the plan does without.
+    shown = load_plans(tmp_path, tensors=False)
+    assert shown == [WITH_TENSORS]
+    assert shown[0].sha256 == WITH_TENSORS.sha256
+    assert not shown[0].tensors
 
 
 def test_a_later_plan_leaves_no_tensors_behind(tmp_path):

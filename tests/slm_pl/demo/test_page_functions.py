@@ -68,6 +68,12 @@ def test_a_plan_that_cannot_be_drawn_leaves_the_other_models(tmp_path, monkeypat
         assert "It is &lt;i&gt;not&lt;/i&gt; there." in gone
 
 
+def test_plans_that_cannot_be_read_are_told(tmp_path):
+    directory = _plan(tmp_path / "plans")
+    (directory / "plan.json").write_text("{}")
+    assert "schema_version" in sights.layers_html("a", directory)
+
+
 def test_what_the_page_shows_can_be_sent_whatever_strangers_wrote():
     half = "\ud800<b>"
     shown = [

@@ -8,7 +8,7 @@ from slm_pl.compression import surgery
 from slm_pl.compression.plan import Base, DropLayers, Method, Plan
 from slm_pl.export import save_compressed
 from slm_pl.layer_map import layer_parameters
-from slm_pl.report import compare
+from slm_pl.report import compare, exports
 from tests.helpers.pico import pico_model
 from tests.helpers.records import record_of
 from tests.helpers.tokenizer import pico_tokenizer
@@ -82,6 +82,20 @@ def test_plans_that_are_not_there_cost_only_the_map(measured, damage, tmp_path, 
     assert "no card" in told
     assert "by now another model" in told
     assert ("cannot be read as a plan" in told) is (damage == "corrupt")
+
+
+def test_what_the_match_makes_needless_is_not_read(measured, monkeypatch):
+    files, export = measured
+    read = []
+    load = exports.load_plans
+    monkeypatch.setattr(
+        exports, "load_plans", lambda *args, **kwargs: read.append((args, kwargs)) or load(*args, **kwargs)
+    )
+    (export / "plan.json").rename(export / "kept.json")
+    for directory in (export, export.parent / "pruned"):
+        (directory / "plan.json").write_bytes((export / "kept.json").read_bytes())
+    compare(files, cards=True)
+    assert read == [((export,), {"tensors": False})] * 2  # for maps and cards, and for what is said at the end
 
 
 def test_a_card_that_is_a_link_is_left_alone(measured, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from slm_pl.compression.plan import Base, DropLayers, Method, Plan
 from slm_pl.evaluation.efficiency.record import Paired
 from slm_pl.report import compare
 from slm_pl.report.comparison import line_up
@@ -431,11 +432,12 @@ def test_speed_ups_tie_if_their_intervals_overlap(tmp_path):
 @pytest.mark.parametrize("quantization", [None, "int8 weight-only (torchao)"])
 def test_what_loads_an_export_says_what_it_needs(quantization, tmp_path, capsys):
     export = tmp_path / "export"
-    export.mkdir()
+    plan = Plan(Base("x", None, "llama", 6, 100, "0" * 64), Method("callbacks.SLEB", {}), None, (DropLayers((1,)),))
+    plan.save(export / "plan.json")
     (export / "config.json").write_text("{}")
-    record = record_of("pruned", plan="0" * 64)
+    record = record_of("pruned", plan=plan.sha256)
     record.model = dataclasses.replace(record.model, source=str(export), quantization=quantization)
     compare(save(tmp_path, pruned=record))
     shown = capsys.readouterr().out
-    assert f'from_pretrained("{export}"' in shown
+    assert f"from_pretrained('{export}')" in shown
     assert ("# needs torchao" in shown) == (quantization is not None)

@@ -4,14 +4,17 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from slm_pl.compression.plan import Base, DropLayers, Method, Plan
 from slm_pl.errors import UsageError
 from slm_pl.evaluation import PerplexityResult
 from slm_pl.report import compare
 from slm_pl.results import Environment, FormError, Results, decode
+from tests.helpers.pico import pico_model
 from tests.helpers.records import record_of, row_of, save, values_of
 
 # ------------------------------------------------------------------------------------------------- the record
@@ -318,23 +321,35 @@ def test_equal_labels_are_told_apart(tmp_path):
     assert comparison.output_dir == tmp_path.resolve()
 
 
-def test_the_last_export_and_how_to_load_it(tmp_path, capsys):
+def test_the_last_export_that_is_there_as_measured_and_how_to_load_it(tmp_path, capsys):
+    plan = Plan(Base.of(pico_model()), Method("callbacks.SLEB", {}), None, (DropLayers((1,)),))
     records = {}
-    for name in ("pruned", "recovered", "gone"):
-        record = record_of(name, "ab")
+    for name in ("pruned", 'own"); import os #', "other", "gone"):
+        record = record_of(name, plan.sha256)
         export = tmp_path / name / "export"
         if name != "gone":
-            export.mkdir(parents=True)
+            plan.save(export / "plan.json")
             (export / "config.json").write_text("{}")
         record.model = dataclasses.replace(record.model, source=str(export))
         records[name] = record
-    comparison = compare(save(tmp_path, dense=record_of("dense"), **records))
-    export = str(tmp_path / "recovered" / "export")
-    assert comparison.export == export
+    dataclasses.replace(plan, outcome={"by now": "another"}).save(tmp_path / "other" / "export" / "plan.json")
+    (tmp_path / "other" / "export" / "modeling_pruned.py").write_text("print('a stranger')")
+    export = str(tmp_path / 'own"); import os #' / "export")
+    files = save(tmp_path, dense=record_of("dense"), **records)
+    compare(files)
     assert capsys.readouterr().out.endswith(
+        f"\nThe compressed model: {export}\nLoad it with\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{export}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{export}")\n'
+        f"model = AutoModelForCausalLM.from_pretrained({export!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({export!r})\n"
+    )
+    # What a directory brings may be a stranger's; this package loads it without.
+    (Path(export) / "modeling_pruned.py").write_text("print('a stranger')")
+    compare(files)
+    told = capsys.readouterr().out
+    assert "trust_remote_code" not in told
+    assert told.endswith(
+        f"from slm_pl.export import load_compressed\nmodel, tokenizer, plans = load_compressed({export!r})\n"
     )
 
 
