@@ -18,6 +18,7 @@ Parts = Mapping[str, str]
 
 _PACKAGES = ("lm_eval", "peft", "torch", "transformers")
 _BIG = 16 * 2**20  # bytes; what is bigger is known by its size and its time, since reading it would take too long
+_CARD = "README.md"  # of a model or of data; what was measured may be written into it, and nothing is read from it
 # Arguments that may name a directory, and which of its files are looked at.
 _DIRECTORIES = {"pretrained": ("*",), "local_data": ("*", "*/*")}
 
@@ -103,10 +104,11 @@ def files_in(value: Any, key: str = "") -> Iterator[tuple[str, object]]:
 
 
 def contents(directory: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> list[tuple[str, str]]:
-    """The names of the files of a directory, and what tells their content; hidden ones are the system's."""
+    """The names of the files of a directory and what tells their content; without its card, and hidden ones."""
     directory = Path(directory)
     found = sorted(path for pattern in patterns for path in directory.glob(pattern) if path.is_file())
-    return [(path.relative_to(directory).as_posix(), content(path)) for path in found if not path.name.startswith(".")]
+    found = [path for path in found if not path.name.startswith(".") and path.name != _CARD]
+    return [(path.relative_to(directory).as_posix(), content(path)) for path in found]
 
 
 def model_content(location: str, revision: str | None) -> object:

@@ -81,7 +81,8 @@ def _do(config: SweepConfig, cells: Sequence[Cell], overwrite: bool, run: Runner
             run_here(todo, overwrite, run, shown)
     done = [cell for cell in cells if is_finished(cell)]
     if done:
-        summary = summarise(compare([str(results_of(cell)) for cell in done], str(output_dir)), cells)
+        records = [str(results_of(cell)) for cell in done]
+        summary = summarise(compare(records, str(output_dir), cards=config.keep_exports), cells)
         write_summary(summary, output_dir)
         print_summary(summary, output_dir)
     failed = [(cell, Record.load(cell)) for cell in cells if cell not in done]

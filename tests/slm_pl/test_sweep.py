@@ -254,7 +254,14 @@ def test_hash_is_of_the_programs_own_sources(tmp_path):
 
 def test_hash_is_of_the_files_that_the_config_names(tmp_path, monkeypatch):
     model, text, tasks, rows = (tmp_path / name for name in ("model", "text.txt", "tasks", "rows.json"))
-    for path in (model / "weights", model / "cache" / "x", text, tasks / "boolq" / "test.jsonl", rows):
+    for path in (
+        model / "weights",
+        model / "README.md",
+        model / "cache" / "x",
+        text,
+        tasks / "boolq" / "test.jsonl",
+        rows,
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("as it was")
 
@@ -280,6 +287,7 @@ def test_hash_is_of_the_files_that_the_config_names(tmp_path, monkeypatch):
     assert changes(rows) == ["test", "prune", "test"]
     assert changes(tasks / "boolq" / "test.jsonl") == ["test", "test"]
     assert changes(model / "cache" / "x") == []
+    assert changes(model / "README.md") == []  # which gets the figures once there are any
     # Big files are known by size and time: the content is not read.
     monkeypatch.setattr(identity, "_BIG", 1)
     hashes = [cell.hash for cell in cells()]
@@ -1052,6 +1060,9 @@ def test_sweep_of_a_method_that_works_and_one_that_does_not(pico_sweep, monkeypa
     (perplexity,) = [name for name in slm["figures"] if name.startswith("perplexity.")]
     assert dense["figures"]["num_layers"]["mean"] == 6
     assert slm["figures"][perplexity]["mean"] == results["perplexity"][0]["value"]
+    card = (directory / "export" / "README.md").read_text()
+    assert "Not measured yet" not in card
+    assert "| Perplexity " in card
     assert sleb["failed"] == [1234]
     # The generated configs are whole: they run by themselves, from anywhere.
     assert yaml.safe_load((directory / "measure.yaml").read_text())["model"]["pretrained"] == "out/slm_0.2_s1234/export"
