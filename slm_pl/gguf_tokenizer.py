@@ -5,6 +5,7 @@ from the parts of the tokenizer, not from the name of a model: whatever made the
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,8 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabula
         )
     by_pieces = bool(model.get("byte_fallback"))
     if by_pieces:
-        pre, space_first, scores = "default", _space_first(parts), _scores(model)
+        apart = {*(one["content"] for one in parts["added_tokens"]), tokenizer.unk_token}
+        pre, space_first, scores = "default", _space_first(parts), _scores(model, apart)
     else:
         pre, space_first, scores = _cut_of(parts), False, {}
     tokens, types = _tokens(vocabulary, parts, size, by_pieces, tokenizer.unk_token)
@@ -162,11 +164,15 @@ def _space_first(parts: dict[str, Any]) -> bool:
     return True
 
 
-def _scores(model: dict[str, Any]) -> dict[str, float]:
+def _scores(model: dict[str, Any], apart: Collection[str | None]) -> dict[str, float]:
     """Scores that order the tokens as the merges do.
 
     SentencePiece merges the two neighbours whose token scores highest, whichever way it is put together. Merges say the
     same if they name every way, and all ways to a token one after the other.
+
+    Args:
+        model: The part of tokenizer.json that merges.
+        apart: Tokens that are no pieces of text: those that were added, and the unknown one.
     """
     merges = [tuple(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]]
     scores: dict[str, float] = {}
@@ -183,7 +189,11 @@ def _scores(model: dict[str, Any]) -> dict[str, float]:
             pair = (token[:cut], token[cut:])
             if pair not in named and all(part in vocabulary for part in pair):
                 raise UsageError(f"The tokenizer never merges {pair} into {token!r}, llama.cpp would. {_ALLOWED}")
-    lacking = [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary]
+    every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
+    for token in vocabulary.keys() - scores.keys() - {*apart, *every_byte}:
+        if len(token) > 1:
+            raise UsageError(f"In the tokenizer no merge makes {token!r}, llama.cpp would. {_ALLOWED}")
+    lacking = [byte for byte in every_byte if byte not in vocabulary]
     if lacking:
         raise UsageError(f"The tokenizer lacks {len(lacking)} of the 256 bytes, such as {lacking[0]}. {_ALLOWED}")
     return scores

