@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -313,7 +314,7 @@ def _class_path(method: type[CompressionCallback]) -> str:
 
 
 def citations(plans: Sequence[Plan]) -> list[str]:
-    """BibTeX of the methods that made these plans, each once.
+    """BibTeX entries of the methods that made these plans, each key once: two methods may share a paper.
 
     A plan may come from a stranger, so the class it names is looked for among those that are there and never imported.
     """
@@ -325,7 +326,8 @@ def citations(plans: Sequence[Plan]) -> list[str]:
         classes += method.__subclasses__()
     used = [(there.get(plan.method.class_path), plan.method.init_args) for plan in plans]
     found = [method.cite(arguments) for method, arguments in used if method is not None]
-    return [text for text in dict.fromkeys(found) if text]
+    entries = [entry for text in found if text for entry in re.split(r"\n\n(?=@)", text)]
+    return list({entry.partition("{")[2].partition(",")[0]: entry for entry in entries}.values())
 
 
 def _save(plan: Plan, directory: Path, number: int) -> None:

@@ -146,7 +146,7 @@ class RepresentationSimilarity(PlanObserver, EarlyCheck):
         labels = [str(group[0]) if len(group) == 1 else f"{group[0]}–{group[-1]}" for group in groups]
         if windows is None:
             windows = [(row, row) for row, group in enumerate(groups) if len(group) > 1]
-        source = public_name(samples.text.source)
+        source = " + ".join(map(public_name, samples.text.source.split(" + ")))
         record = {
             "schema_version": SCHEMA_VERSION,
             "model": {

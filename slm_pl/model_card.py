@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slm_pl.compression.architecture import num_layers
@@ -35,9 +34,26 @@ def needs_own_code(model: "PreTrainedModel") -> bool:
 
 
 def public_name(pretrained: str) -> str:
-    """What may be told of a path: its last part, since an export is made to be shared."""
-    # Of pathlib, exists() raises for names that are too long.
-    return Path(pretrained).name if os.path.exists(pretrained) else pretrained
+    """What may be told of where a model or a text is, since an export is made to be shared.
+
+    A Hub id and what a package holds is told whole; of a path, on this machine or another, the last part.
+    """
+    told = is_hub_id(pretrained) and not os.path.exists(pretrained)
+    if not told and not re.fullmatch(r"package:\w+/[\w.-]+", pretrained):
+        pretrained = re.split(r"[/\\]", pretrained.rstrip("/\\"))[-1] or "unnamed"
+    return pretrained.encode(errors="replace").decode()
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a model's id on the Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
 
 
 _ALT_TEXTS = {
@@ -87,19 +103,12 @@ def _code(text: str) -> str:
 
 def hub_id(plans: Sequence[Plan], model: "PreTrainedModel") -> str | None:
     """The dense model's id on the Hub; None if it is not known to come from there."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     if plans:
         name, revision = plans[0].base.pretrained, plans[0].base.revision
     else:
         name, revision = str(model.config._name_or_path), getattr(model.config, "_commit_hash", None)
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
     # Only what was resolved there has a revision; a path may look like an id.
-    return name if revision is not None and not Path(name).exists() else None
+    return name if is_hub_id(name) and revision is not None and not os.path.exists(name) else None
 
 
 def model_card(
@@ -127,7 +136,8 @@ def model_card(
     base = hub_id(plans, model)
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += [f'base_model: "{base}"'] if base is not None else []
-    lines += ["tags: [pruned, slm_pl]", "---", "", "# A compressed causal language model", ""]
+    tags, kind = ("pruned, slm_pl", "compressed causal") if plans else ("slm_pl", "causal")
+    lines += [f"tags: [{tags}]", "---", "", f"# A {kind} language model", ""]
     lines += _made_of(model, plans, recovered)
     lines += ["", f"Its weights are in {dtype}."]
     if quantised is not None:
@@ -145,12 +155,9 @@ def model_card(
     lines += ["", "## Use", "", *_use(model, plans, quantised)]
     if citations:
         lines += ["## Citation", "", "```bibtex", "\n\n".join(citations), "```", ""]
-    lines += [
-        "## Licence",
-        "",
-        "The licence of the base model applies to this checkpoint; so does that of the data it was trained on.",
-        "",
-    ]
+    licence = "The licence of the base model applies to this checkpoint"
+    licence += "; so does that of the data it was trained on after compression." if recovered else "."
+    lines += ["## Licence", "", licence, ""]
     return "\n".join(lines)
 
 
@@ -199,24 +206,29 @@ def _use(model: "PreTrainedModel", plans: list[Plan], quantised: str | None) -> 
             "of one width and do not take it.",
             "",
         ]
+    if own_code or quantised is not None:
+        return lines
+    # Of layers that are narrower, all alike, only what this package writes is known to be right.
     narrowed = any(isinstance(step, KeepChannels | KeepHidden) for plan in plans for step in plan.steps)
-    if not own_code and not narrowed and quantised is None:
+    if not narrowed:
+        fewer = " with fewer layers" if plans else ""
         lines += [
-            "To other programs, it is a model of its stock class with fewer layers. vLLM serves it from its directory:",
+            f"To other programs, it is a model of its stock class{fewer}. vLLM serves it from its directory:",
             "",
             "```sh",
             "vllm serve .",
             "```",
             "",
         ]
-        if model.config.model_type == "llama":
-            lines += [
-                "For llama.cpp, write it as GGUF with slm_pl or with llama.cpp's own converter:",
-                "",
-                "```sh",
-                "python main.py export --to gguf DIRECTORY",
-                "python convert_hf_to_gguf.py DIRECTORY",
-                "```",
-                "",
-            ]
+    if model.config.model_type == "llama":
+        other = "" if narrowed else " or with llama.cpp's own converter"
+        lines += [
+            f"For llama.cpp, write it as GGUF with slm_pl{other}:",
+            "",
+            "```sh",
+            "python main.py export --to gguf DIRECTORY",
+            *([] if narrowed else ["python convert_hf_to_gguf.py DIRECTORY"]),
+            "```",
+            "",
+        ]
     return lines

@@ -522,6 +522,8 @@ def test_only_methods_that_are_there_are_cited():
 
     cited = citations([made_by("callbacks.SLEB"), made_by("callbacks.FLAP"), made_by("callbacks.SLEB")])
     assert cited == [callbacks.SLEB.citation, callbacks.FLAP.citation]
+    shared = citations([made_by("callbacks.WandaStructured"), made_by("callbacks.FLAP")])
+    assert "\n\n".join(shared) == callbacks.WandaStructured.citation
     assert citations([made_by("antigravity.Evil"), made_by("callbacks.LayerRemoval", layers=[1])]) == []
     assert "antigravity" not in sys.modules
     (reverse,) = citations([made_by("callbacks.LayerRemoval", order="reverse")])

