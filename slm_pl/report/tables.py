@@ -6,8 +6,9 @@ import io
 import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from slm_pl.report.comparison import Comparison
 from slm_pl.report.figures import cell_text
@@ -86,13 +87,19 @@ def table_of(comparison: Comparison) -> Table:
     return Table(["", *(row.title for row in rows)], lines, notes, quantities=False)
 
 
-def legend(comparison: Comparison, bold: str = "Bold", places: Sequence[Place] = ("table",)) -> list[str]:
+def legend(
+    comparison: Comparison,
+    bold: str = "Bold",
+    places: Sequence[Place] = ("table",),
+    foreign: Callable[[str], str] = str,
+) -> list[str]:
     """Sentences that say what the marks of a table mean.
 
     Args:
         comparison: The comparison.
         bold: How the best figures look.
         places: Which rows are shown.
+        foreign: Escapes what comes from a file.
     """
     dense = {place for place in comparison.baselines if place is not None}
     against = "the dense baseline" if len(dense) < 2 else "the dense model of the same base"
@@ -106,16 +113,16 @@ def legend(comparison: Comparison, bold: str = "Bold", places: Sequence[Place] =
             "taken as independent; on the same questions and text they are not, so this is conservative. Layers, "
             "parameters, work and dense models are not ranked."
         )
-    return sentences + _speedups([row for row in comparison.rows if row.place in places])
+    return sentences + _speedups([row for row in comparison.rows if row.place in places], foreign)
 
 
-def _speedups(rows: list[Row]) -> list[str]:
+def _speedups(rows: list[Row], foreign: Callable[[str], str]) -> list[str]:
     """What speed-ups are over, and what their intervals are."""
     rows = [row for row in rows if row.quantity == "speedup"]
     confidences = [cell.confidence for row in rows for cell in row.cells if cell.confidence is not None]
     if not confidences:
         return []
-    baselines = ", ".join(dict.fromkeys(one_line(str(row.protocol["baseline"])) for row in rows))
+    baselines = foreign(", ".join(dict.fromkeys(one_line(str(row.protocol["baseline"])) for row in rows)))
     return [
         f"Speed-ups are over {baselines}, which ran in turn with each model in one process: the median of the pairs "
         f"[its confidence interval of {100 * min(confidences):.3g} % or more]."
@@ -167,8 +174,8 @@ def markdown(comparison: Comparison, pictures: dict[str, str]) -> str:
             ]
         ),
         "\n".join(f"[{index}] {_plain_markdown(note)}  " for index, note in enumerate(table.notes, 1)),
-        "\n\n".join(f"**Warning:** {warning.replace('<', '&lt;')}" for warning in comparison.warnings),
-        "\n\n".join(legend(comparison, "**Bold**")),
+        "\n\n".join(f"**Warning:** {_plain_markdown(warning)}" for warning in comparison.warnings),
+        "\n\n".join(legend(comparison, "**Bold**", foreign=_plain_markdown)),
         *(f"![{shown}]({name})" for name, shown in pictures.items()),
         "\n".join(f"- {_plain_markdown(line)}" for line in environment_lines(comparison)),
     ]
@@ -217,6 +224,7 @@ def csv_text(comparison: Comparison) -> str:
     """One line per model: what it is, then each row's raw number with its error, the count behind it and its ratio.
 
     Seconds, bytes, and fractions of 1; an absent figure is empty. Which columns a row has depends on its quantity only.
+    A text that a spreadsheet would compute has an apostrophe in front.
     """
     models = zip(comparison.labels, comparison.paths, comparison.records, strict=True)
     columns: dict[str, list[object]] = {
@@ -228,10 +236,10 @@ def csv_text(comparison: Comparison) -> str:
         values = (label, path, model.source, model.base, model.plan_sha256)
         machine = (environment.device, environment.device_name, environment.threads, environment.dtype)
         for column, value in zip(columns.values(), (*values, *machine), strict=True):
-            column.append(one_line(value) if isinstance(value, str) else value)
+            column.append(_plain_csv(str(value)) if isinstance(value, str | Path) else value)
     for row in comparison.rows:
         name = one_line(row.name)
-        columns[name] = [cell.value if cell.text is None else cell.text for cell in row.cells]
+        columns[name] = [cell.value if cell.text is None else _plain_csv(cell.text) for cell in row.cells]
         if row.quantity in ("seconds", "rate"):
             columns[f"{name}.stdev"] = [cell.spread for cell in row.cells]
         elif row.quantity in ("perplexity", "accuracy", "agreement", "divergence", "number"):
@@ -248,6 +256,12 @@ def csv_text(comparison: Comparison) -> str:
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
     return buffer.getvalue()
+
+
+def _plain_csv(text: str) -> str:
+    """Takes a text from a file for what it is, not for a formula."""
+    text = one_line(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 # ---------------------------------------------------------------------------------------------------------- LaTeX

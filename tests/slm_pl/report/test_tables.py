@@ -13,7 +13,7 @@ import slm_pl
 from slm_pl.evaluation.drift import DriftResult
 from slm_pl.report.comparison import line_up
 from slm_pl.report.tables import csv_text, json_text, latex, latex_text, markdown
-from tests.helpers.records import record_of, save
+from tests.helpers.records import record_of, rich_point, save
 
 
 def _many(folder, count=6):
@@ -47,6 +47,35 @@ def test_csv_has_a_line_per_model_and_raw_numbers(tmp_path):
     setting = f"embedded.128.none.4064.{hashlib.sha256(b'dense').hexdigest()[:8]}"
     assert (dense[f"drift.kl.{setting}"], line[f"drift.kl.{setting}"]) == ("", "0.25")
     assert line[f"drift.top1_agreement.{setting}.stderr"] == "0.005"
+
+
+@pytest.mark.parametrize("sign", "=+-@")
+def test_a_spreadsheet_computes_no_text_and_numbers_stay_numbers(sign, tmp_path):
+    label = f'{sign}HYPERLINK("http://tracker.example";"x")'
+    pruned = record_of(f"\t{label}", "ab", perplexity=-31.5, dtype=f"{sign}1")
+    pruned.model = dataclasses.replace(pruned.model, source=f"{sign}2", base=f"{sign}3")
+    comparison = line_up(save(tmp_path, dense=record_of("dense"), pruned=pruned))
+    _, line = csv.DictReader(csv_text(comparison).splitlines())
+    assert line["label"] == f"'{label}"
+    assert (line["weights"], line["source"], line["base"]) == (f"'{sign}1", f"'{sign}2", f"'{sign}3")
+    assert float(line["perplexity.embedded.128.none.4064"]) == -31.5
+
+
+def test_warnings_of_strangers_records_are_text(tmp_path):
+    label = "![t](http://tracker.example/p.png) <img> `x`"
+    pruned = record_of(label, "ab", threads=8)
+    pruned.efficiency = [rich_point(baseline=label)]
+    dense = record_of("dense")
+    dense.efficiency = [rich_point()]
+    comparison = line_up(save(tmp_path, dense=dense, pruned=pruned))
+    assert any(label in warning for warning in comparison.warnings)
+    text = markdown(comparison, {})
+    assert "![" not in text
+    assert "<img" not in text
+    escaped = r"!\[t\](http://tracker.example/p.png) &lt;img> \`x\`"
+    assert f"Speed-ups are over {escaped}" in text
+    (warning,) = [line for line in text.splitlines() if line.startswith("**Warning:**") and "threads" in line]
+    assert escaped in warning
 
 
 def test_details_are_only_where_there_is_room(tmp_path):
