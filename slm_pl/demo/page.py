@@ -17,11 +17,11 @@ from slm_pl.report.comparison import Comparison
 if TYPE_CHECKING:
     from gradio.themes import Base
 
-Shown = tuple[object, str]
-"""Text and status of a column."""
+Shown = tuple[object, object]
+"""Text and status of a column: a text, HTML, or that it stays."""
 
 CSS = """
-.gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: 1400px !important; margin: 0 auto !important; }
 .intro h1 { font-size: 1.5rem; font-weight: 650; margin: 0; }
 .intro p, .sight .soft, .notes p { color: var(--body-text-color-subdued); font-size: 0.87rem; margin: 0.25rem 0; }
 .facts { color: var(--body-text-color-subdued); font-size: 0.87rem; padding: 0 0.15rem; min-height: 2.8rem; }
@@ -198,6 +198,8 @@ def _beginner(runs: Runs) -> Callable[..., tuple[int, str]]:
 
 def _writer(runs: Runs, model: "DemoModel | Absent", column: int) -> Callable[..., Iterator[Shown]]:
     def write(number: int, request: gr.Request) -> Iterator[Shown]:
+        # Gradio empties the column of who says nothing at all, also where another click fills it.
+        yield gr.skip(), gr.skip()
         with runs.claim(str(request.session_hash), number, column) as run:
             if run is None:
                 return  # nothing was begun, something else was meanwhile, or another click does it
@@ -231,7 +233,7 @@ def _layers(model: "DemoModel | Absent") -> str:
 
 
 def show(event: Event) -> Shown:
-    """What a column shows of an event: its text, or that it stays, and its status as HTML."""
+    """What a column shows of an event."""
     if isinstance(event, Waiting):
         return "", _status(f"Waiting: {event.ahead} ahead")
     if isinstance(event, Failed):

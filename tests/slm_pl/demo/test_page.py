@@ -165,9 +165,12 @@ def page(driver, server):
 
 
 def test_both_columns_fill_and_the_third_says_why_not(page):
+    from selenium.webdriver import ActionChains
+
     page.prompt("A decoder layer")
-    page.one("#run").click()
+    ActionChains(page.driver).double_click(page.one("#run")).perform()
     page.done(0, 1)
+    time.sleep(1)  # the other click's columns end too
     for column, model in enumerate((_model(), _pruned()[0])):
         assert page.text(column) == complete(model, pico_tokenizer(), "A decoder layer", 64)
         status = page.status(column)
@@ -298,3 +301,10 @@ def test_a_narrow_window_scrolls_in_one_direction(page):
         page.open(tab)
         time.sleep(0.3)
         assert page.wide() <= 400
+
+
+def test_a_wide_window_is_used(page):
+    for tab, shown in (("Compare", ".figures"), ("Layers", "#layers_0")):
+        page.open(tab)
+        page.until(lambda shown=shown: page.find(shown) and page.one(shown).is_displayed())
+        assert page.one(shown).size["width"] > 1000
