@@ -52,13 +52,13 @@ def test_csv_has_a_line_per_model_and_raw_numbers(tmp_path):
 @pytest.mark.parametrize("sign", "=+-@")
 def test_a_spreadsheet_computes_no_text_and_numbers_stay_numbers(sign, tmp_path):
     label = f'{sign}HYPERLINK("http://tracker.example";"x")'
-    pruned = record_of(f"\t{label}", "ab", perplexity=-31.5, dtype=f"{sign}1")
+    pruned = record_of(f"\t{label}", "ab", accuracy=-31.5, dtype=f"{sign}1")
     pruned.model = dataclasses.replace(pruned.model, source=f"{sign}2", base=f"{sign}3")
     comparison = line_up(save(tmp_path, dense=record_of("dense"), pruned=pruned))
     _, line = csv.DictReader(csv_text(comparison).splitlines())
     assert line["label"] == f"'{label}"
     assert (line["weights"], line["source"], line["base"]) == (f"'{sign}1", f"'{sign}2", f"'{sign}3")
-    assert float(line["perplexity.embedded.128.none.4064"]) == -31.5
+    assert float(line["zero_shot.boolq.acc.25"]) == -31.5
 
 
 def test_warnings_of_strangers_records_are_text(tmp_path):
