@@ -96,7 +96,9 @@ def build(models: "Sequence[DemoModel | Absent]", comparison: Comparison | None)
                 temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token")
                 seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="of the draws, above temperature 0")
                 in_turn = gr.Checkbox(
-                    label="One model at a time", info="speeds that compare, unless somebody else runs all at once"
+                    label="One model at a time",
+                    info="speeds that compare, unless somebody else runs all at once",
+                    elem_id="in_turn",
                 )
             columns: list[tuple[gr.Textbox, gr.HTML]] = []
             with gr.Row():
