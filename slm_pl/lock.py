@@ -64,7 +64,7 @@ def locked(directory: Path, what: str = "run", option: str = "--trainer.default_
 def _take(path: Path, what: str, option: str) -> int:
     """The descriptor of the file, locked."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         _HELD.add(handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -143,3 +143,12 @@ def test_two_runs_of_one_process_and_a_lock_that_could_not_be_filled(tmp_path, m
     assert list(tmp_path.iterdir()) == []
     with locked(tmp_path):
         assert (tmp_path / ".lock").exists()
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UsageError, match=r"Cannot write .*\.lock"), locked(tmp_path / "run"):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "precious").read_text() == "x"
