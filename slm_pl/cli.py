@@ -10,8 +10,11 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import torch
+from jsonargparse import set_parsing_settings
 
 from slm_pl import commands, quantization
+
+set_parsing_settings(import_path_denylist=[])  # what jsonargparse has on its own list is refused, not only warned of
 
 
 def quieten() -> None:

@@ -344,6 +344,30 @@ def test_config_of_another_version_and_other_bad_configs(arguments, tmp_path, ca
     assert "is no YAML that can be read" in error
 
 
+@pytest.mark.parametrize("command", ["fit", "prune", "estimate", "sweep"])
+def test_a_config_makes_no_objects_but_those_of_its_options(command, tmp_path, capsys):
+    made = tmp_path / "made"
+    callback = "class_path: subprocess.Popen\n      init_args: {{args: [mkdir, {0}]}}"
+    a_class = "{{class_path: subprocess.Popen, init_args: {{args: [mkdir, {0}]}}}}"
+    texts = {
+        "a tag": "model: !!python/object/apply:os.mkdir [{0}]\n",
+        "a tag inside": "model: {{pretrained: !!python/object/new:os.mkdir [{0}]}}\n",
+        "a class": f"data: {a_class}\n",
+        "a callback": f"trainer:\n  callbacks:\n    - {callback}\nmeasure:\n    - {callback}\n",
+        "a method": f"ratios: [0.2]\nmethods: {{{{a: {a_class}}}}}\n",
+    }
+    for number, text in enumerate(texts.values()):
+        config = tmp_path / f"{number}.yaml"
+        config.write_text(text.format(made))
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--config", str(config)])
+        assert ended.value.code
+        told = capsys.readouterr().err
+        assert "Traceback" not in told
+        assert "error: " in told
+        assert not made.exists(), text
+
+
 def test_hub_model_that_cannot_be_reached(arguments, capsys, monkeypatch):
     import huggingface_hub.constants
 
