@@ -73,7 +73,7 @@ def make_model(kind: str, directory: Path) -> None:
 REFUSED = {
     "missing": "lacks 1 of the weights that its config asks for, such as model.norm.weight",
     "shape": "model.norm.weight of {} has the shape [31]; its config asks for [32]",
-    "layers": "asks for 2 decoder layers, and its weights hold more, such as model.layers.2",
+    "layers": "asks for 6 decoder layers, and its weights hold more, such as model.layers.6.mlp.x",
     "experts": "Use stage 2",
     "broken": "cannot be loaded: SafetensorError",
     "absent": "cannot be loaded: FileNotFoundError",
@@ -92,7 +92,7 @@ def make_refused(directory: Path) -> None:
         if kind in ("missing", "shape"):
             save_file(weights, file, {"format": "pt"})
         if kind == "layers":
-            save_file({**weights, "model.norm.weight": norm, "model.layers.2.mlp.x": norm.clone()}, file)
+            save_file({**weights, "model.norm.weight": norm, "model.layers.6.mlp.x": norm.clone()}, file)
         if kind == "broken":
             file.write_bytes(file.read_bytes()[:1000])
         if kind == "absent":
