@@ -39,9 +39,18 @@ def check_yaml(value: object) -> None:
     An alias of an alias, and so on, names exponentially many values, and one of a list inside that list endlessly many.
 
     Raises:
-        ValueError: If it holds too many values, or is nested too deeply.
+        ValueError: If it holds too many values, is nested too deeply, or holds a number that is too long.
     """
     _check_depth(value, _MOST_VALUES)
+    _check_numbers(value)
+
+
+def _check_numbers(value: object) -> None:
+    if isinstance(value, int) and abs(value) >= 10**_MOST_DIGITS:
+        raise ValueError(f"a whole number of more than {_MOST_DIGITS} digits")
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_numbers(part)
 
 
 def _whole_number(digits: str) -> int:

@@ -58,3 +58,9 @@ def test_yaml_that_stands_for_more_than_it_says_is_refused():
     ring.append(ring)
     with pytest.raises(ValueError, match="more than 100 levels"):
         check_yaml(ring)
+
+
+def test_yaml_with_a_number_that_no_float_holds_is_refused():
+    check_yaml({"a": [10**100 - 1, True, 1e308]})
+    with pytest.raises(ValueError, match="a whole number of more than 100 digits"):
+        check_yaml({"a": [{"b": -(10**100)}]})
