@@ -1,6 +1,7 @@
 """The command line: what all commands have in common. See :mod:`slm_pl.trainer_cli` and :mod:`slm_pl.commands`."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -30,7 +31,13 @@ def quieten() -> None:
         ".*LightningCLI's args parameter is intended.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+    # Lightning's advertisements.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)
     quantization.quieten()  # transformers imports torchao wherever it is installed
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("💡 Tip")
 
 
 @contextlib.contextmanager

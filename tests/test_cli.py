@@ -99,6 +99,7 @@ def test_fit_as_it_is_by_default_logs_and_goes_on(arguments, tmp_path, caplog):
     caplog.set_level("INFO")
     main(["fit", "--config", str(config), "--ckpt_path", "last"])
     assert "There is no checkpoint in" in caplog.text
+    assert "litlogger" not in caplog.text  # Lightning's advertisements
     assert yaml.safe_load((run / "config_fit.yaml").read_text())["trainer"]["max_steps"] == 2
     assert sorted(path.name for path in (run / "logs").iterdir()) == ["version_0"]
     names = [path.name for path in (run / "logs" / "version_0").iterdir()]
