@@ -190,7 +190,7 @@ def _made_of(model: "PreTrainedModel", plans: list[Plan], recovered: bool) -> li
     for number, plan in enumerate(plans, start=1):
         arguments = ", ".join(f"{k}={v}" for k, v in plan.method.init_args.items() if v is not None)
         method = _code(f"{plan.method.class_path}({arguments})")
-        lines += [f"| {number} | {method} | {what} |" for what in _describe(plan)]
+        lines.append(f"| {number} | {method} | {'<br>'.join(_describe(plan))} |")
     lines += ["", "The plans beside this file (`plan.json`, …) hold every try of the search. Their sha256:"]
     return lines + [f"`{plan.sha256}`" for plan in plans]
 

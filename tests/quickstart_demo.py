@@ -45,6 +45,9 @@ def look(address: str, picture: str | None) -> None:
             find("button.label-wrap")[0].click()  # the settings
             until(lambda: find("#in_turn input"))[0].click()
             find("button.label-wrap")[0].click()
+            prompt = find("#prompt textarea")[0]
+            prompt.clear()
+            prompt.send_keys("Once upon a time there was a")
             find("#run")[0].click()
             states = [f"#status_{index} .status" for index in range(len(MODELS))]
             until(lambda: all("Done" in one.text for state in states for one in find(state)) and len(find(states[-1])))
