@@ -101,6 +101,8 @@ def find_config(source: loading.Source, architecture: str | None) -> "PreTrained
     for path in paths:
         try:
             content = parse_json(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise TypeError(f"it is a {type(content).__name__}")
             if architecture is not None or content.get("_name_or_path") == source.pretrained:
                 loading.check_sizes(content, str(path))
                 return AutoConfig.for_model(content.pop("model_type"), **content)
