@@ -147,7 +147,11 @@ def _check_config(config: "PreTrainedConfig", name: str) -> None:
             f"default, linear and llama3 on all of it. {_OWN_CONVERTER}"
         )
     for key, value in config.rope_parameters.items():
-        if key != "rope_type" and value is not None and not (isinstance(value, int | float) and value > 0):
+        if (
+            key not in ("rope_type", "type")
+            and value is not None
+            and not (isinstance(value, int | float) and value > 0)
+        ):
             raise UsageError(
                 f"{key} in the config of {name} is {value!r}; it is a number above 0. Get the config as it was made."
             )

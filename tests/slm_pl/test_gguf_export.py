@@ -172,7 +172,7 @@ def test_weights_in_several_files(tmp_path):
 
 
 def test_rotary_embeddings(tmp_path):
-    linear = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+    linear = {"rope_type": "linear", "type": "linear", "rope_theta": 500.0, "factor": 4.0}  # older configs say it so
     fields = fields_of(write_gguf(pico_export(tmp_path / "linear", rope_parameters=linear)))
     assert fields["llama.rope.freq_base"] == 500
     assert (fields["llama.rope.scaling.type"], fields["llama.rope.scaling.factor"]) == ("linear", 4)

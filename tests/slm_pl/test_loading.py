@@ -165,7 +165,27 @@ def test_weights_outside_of_the_directory_are_refused(written, refused, copy, tm
 def test_adapters_beside_the_weights_are_refused(copy):
     model = peft.get_peft_model(pico_model(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     model.save_pretrained(copy)
-    with pytest.raises(UsageError, match=f"{copy} has adapters .*Merge them into the weights"):
+    for load in (loading.load_model, lambda source: loading.weight_files(source.directory)):
+        with pytest.raises(UsageError, match=f"{copy} has adapters .*Merge them into the weights"):
+            load(loading.resolve(str(copy)))
+
+
+def test_an_index_of_shards_that_were_there_before_is_not_read(copy):
+    """As saving a smaller model into the directory of a larger one leaves it."""
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(copy / WEIGHTS), "model-00001-of-00002.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert loading.weight_files(copy) == [copy / WEIGHTS]
+    assert torch.equal(logits_of(loading.load_model(loading.resolve(str(copy)))), logits_of(pico_model()))
+
+
+@pytest.mark.parametrize("name", ["x.safetensors.index.json", "adapter_model.bin", 7])
+def test_a_config_names_no_weights(name, copy, tmp_path):
+    """Transformers would read them, and from an index of any name those that are elsewhere."""
+    (copy / WEIGHTS).rename(tmp_path / "outside.safetensors")
+    places = dict.fromkeys(load_file(tmp_path / "outside.safetensors"), "../outside.safetensors")
+    (copy / "x.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    change_config(copy, transformers_weights=name)
+    with pytest.raises(UsageError, match=f"config of {copy} names its own file of weights .*{name}.*remove that field"):
         loading.load_model(loading.resolve(str(copy)))
 
 
