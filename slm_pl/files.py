@@ -166,7 +166,8 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
             except BaseException:
                 os.replace(aside, path)
                 raise
-            shutil.rmtree(aside)
+            # Where a file of it is still read, a network's file system may not let it go: the next run removes it.
+            shutil.rmtree(aside, ignore_errors=True)
         else:
             os.replace(temporary, path)  # fails if another process has filled the directory in the meantime
         sync_entries(path.parent)
@@ -214,16 +215,16 @@ def remove_abandoned(path: Path) -> None:
         with contextlib.suppress(OSError):
             if left.name.endswith(_ASIDE) and not path.exists() and ended is not False:
                 os.replace(left, path)
-            elif ended if ended is not None else _age(left) > _LONG:
+            elif ended if ended is not None else is_stale(left):
                 if left.is_dir() and not left.is_symlink():
                     shutil.rmtree(left)
                 else:
                     left.unlink()
 
 
-def _age(path: Path) -> float:
-    """Seconds since something was made, changed or removed in a file or directory."""
-    return time.time() - max(one.lstat().st_mtime for one in [path, *path.rglob("*")])
+def is_stale(path: Path) -> bool:
+    """Whether nothing was made, changed or removed in a file or directory for a week."""
+    return time.time() - max(one.lstat().st_mtime for one in [path, *path.rglob("*")]) > _LONG
 
 
 def _ended(number: int) -> bool:

@@ -285,3 +285,22 @@ def test_what_has_its_proper_name_is_on_the_disk(tmp_path, monkeypatch):
     calls.clear()
     fill(tmp_path / "export", "a", "new")
     assert calls == ["a", ".export", "move export", tmp_path.name]
+
+
+def test_what_is_replaced_and_does_not_go_is_left(tmp_path, monkeypatch):
+    """As on a network's file system, while somebody reads a file of it (which this machine has not)."""
+    target = tmp_path / "export"
+    with files.new_directory(target) as directory:
+        (directory / "old").write_text("old")
+    remove = os.rmdir
+
+    def busy(path, *rest, **options):
+        if str(path).endswith(".old"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+        remove(path, *rest, **options)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    with files.new_directory(target, overwrite=True) as directory:
+        (directory / "new").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name.rpartition(".")[2] for path in tmp_path.iterdir() if path != target] == ["old"]
