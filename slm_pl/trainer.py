@@ -1,13 +1,14 @@
 """The Lightning trainer with one more entry point, and checkpoints that survive whatever stops a run."""
 
 import contextlib
+import functools
 import os
 import pickle  # noqa: S403  for its exception
 import shutil
 import signal
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +17,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -26,6 +29,8 @@ from slm_pl.evaluation._ranks import agreed
 from slm_pl.lock import locked
 
 PARTIAL = ".partial"
+_ASIDE = ".old"
+"""Behind the hidden names of an earlier run's checkpoints, from when another begins until it trains."""
 
 
 class _Signals(_SignalConnector):
@@ -56,13 +61,15 @@ class _Signals(_SignalConnector):
             raise SystemExit(128 + signum)
 
 
-class _Alone(pl.Callback):
-    """Has the first rank begin the run, before any other callback's set-up; where that is refused, all end."""
+class _Data(_DataConnector):
+    """Begins the run where its ranks can talk and nothing of it is written yet, no log and no prepared data."""
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Of one process, the run has begun already: before its loggers made their files."""
-        assert isinstance(trainer, Trainer)
-        agreed(lambda: trainer.begin() if trainer.is_global_zero else None)
+    trainer: "Trainer"
+
+    def prepare_data(self) -> None:
+        """Has the first rank begin the run; where that is refused, all end."""
+        agreed(lambda: self.trainer.begin() if self.trainer.is_global_zero else None)
+        super().prepare_data()
 
 
 class TrainedCallback(pl.Callback, ABC):
@@ -103,8 +110,8 @@ class Trainer(pl.Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._signal_connector = _Signals(self)
+        self._data_connector = _Data(self)
         self._held: contextlib.ExitStack | None = None
-        self.callbacks.insert(0, _Alone())  # type: ignore[attr-defined]
         for callback in self.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 # Lightning's would be one of the logger's version, where the next run does not look.
@@ -135,10 +142,17 @@ class Trainer(pl.Trainer):
         """Whole checkpoints, of this run or an earlier one."""
         return [path for directory in self.checkpoint_directories for path in directory.glob("[!.]*.ckpt")]
 
+    @property
+    def _own_directories(self) -> list[Path]:
+        """Those of the checkpoint directories that are of this run alone; others may be of several runs."""
+        root = Path(self.default_root_dir).resolve()
+        return [directory for directory in self.checkpoint_directories if directory.resolve().is_relative_to(root)]
+
     def begin(self) -> None:
         """Keeps other runs out of the run directory until this one ends, and puts away what it would take for its own.
 
-        Called on the first rank; again in the same run, it does nothing.
+        Called on the first rank; again in the same run, it does nothing. Checkpoints of an earlier run step aside, and
+        come back if this one fails before it trains.
 
         Raises:
             UsageError: If another run works there, or a fit that begins anew finds checkpoints and may not remove them.
@@ -148,17 +162,36 @@ class Trainer(pl.Trainer):
             return
         held, self._held = self._held, None
         held.enter_context(locked(Path(directory)))
-        if self.state.fn != TrainerFn.FITTING or self.ckpt_path is not None or self.resuming:
+        if self.state.fn != TrainerFn.FITTING or self.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # A directory of checkpoints that lies elsewhere may be that of several runs.
-        found = [path for path in self._checkpoints() if path.resolve().is_relative_to(Path(directory).resolve())]
+        own = self._own_directories
+        for place in self.checkpoint_directories:
+            for left in place.glob(f".*{PARTIAL}"):  # of a run that was killed
+                if place in own or files.is_stale(left):
+                    _remove(left)
+        if self.ckpt_path is not None or self.resuming:
+            return
+        found = [path for place in own for path in place.glob("[!.]*.ckpt")]
         if found and not self.overwrite:
             raise UsageError(
                 f"{found[0]} is a checkpoint of an earlier run. Pass --ckpt_path last to go on with that run, "
                 "--overwrite to remove its checkpoints and begin anew, or another --trainer.default_root_dir."
             )
+        held.callback(self._put_back)
         for path in found:
-            _remove(path)
+            _remove(_aside(path))
+            os.replace(path, _aside(path))
+
+    def _asides(self) -> list[Path]:
+        return [path for place in self._own_directories for path in place.glob(f".*.ckpt{_ASIDE}")]
+
+    def _put_back(self) -> None:
+        """Undoes :meth:`begin` for the checkpoints of the run before, as far as they are still there."""
+        for path in self._asides():
+            before = path.with_name(path.name.removeprefix(".").removesuffix(_ASIDE))
+            with contextlib.suppress(OSError):
+                if not before.exists():
+                    os.replace(path, before)
 
     def newest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint of this run directory, best or last; None if there is none."""
@@ -185,20 +218,33 @@ class Trainer(pl.Trainer):
         path = Path(self.strategy.broadcast(os.fspath(filepath)))
         partial = path.with_name(f".{path.name}{PARTIAL}")
         if self.is_global_zero:
-            for left in path.parent.glob(f".*{PARTIAL}"):  # of a run that was killed
-                _remove(left)
+            _remove(partial)  # of a run that was killed
         self.strategy.barrier("before a checkpoint")
-        # As Lightning does it, but where the first rank cannot write, the others do not wait for it.
+        # As Lightning does it, but where the first rank cannot write, the others do not wait for it. Where each writes
+        # a part, they wait for each other: then the one that fails ends, and who launched them ends the others.
+        apart = type(self.strategy).save_checkpoint is Strategy.save_checkpoint
         with self.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
             content = self._checkpoint_connector.dump_checkpoint(weights_only)
-            agreed(lambda: self._write(content, partial, path, storage_options))
-            agreed(lambda: _replace(partial, path) if self.is_global_zero else None)
+            write = functools.partial(self._write, content, partial, path, storage_options)
+            agreed(write) if apart else write()
+            agreed(functools.partial(self._place, partial, path))
 
     def _write(self, content: dict[str, Any], partial: Path, path: Path, storage_options: Any) -> None:
-        try:
+        with self._explained(partial, path):
             self.strategy.save_checkpoint(content, partial, storage_options=storage_options)
             if self.is_global_zero:
                 files.sync(partial)
+
+    def _place(self, partial: Path, path: Path) -> None:
+        if self.is_global_zero:
+            with self._explained(partial, path):
+                _replace(partial, path)
+
+    @contextlib.contextmanager
+    def _explained(self, partial: Path, path: Path) -> Iterator[None]:
+        """Tells what a disk said no to in one message, and leaves no part of the checkpoint."""
+        try:
+            yield
         except Exception as error:
             reason = files.disk_failure(error)
             if reason is None:
@@ -283,6 +329,9 @@ class Trainer(pl.Trainer):
         if self.state.fn == TrainerFn.FITTING and self.ckpt_path is not None and self.global_step:
             self._place_loops()
         self.looping = self.state.fn == TrainerFn.FITTING
+        if self.looping and self.is_global_zero and not self.fast_dev_run:  # type: ignore[attr-defined]
+            for path in self._asides():
+                _remove(path)
         try:
             result = super()._run_stage()
         finally:
@@ -310,9 +359,11 @@ class Trainer(pl.Trainer):
         self.stop_signal = None
         self._signal_connector.register_signal_handlers()
         with contextlib.ExitStack() as self._held:
-            if self.world_size == 1:
-                self.begin()
             return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_ASIDE}")
 
 
 def previous(path: Path) -> Path:

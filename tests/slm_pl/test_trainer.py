@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -52,12 +53,47 @@ def test_a_run_that_begins_anew_leaves_no_checkpoint_of_the_one_before(pico_dir,
     assert trainer.newest_checkpoint() is None
 
 
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_run_that_fails_before_it_trains_leaves_what_was_there(pico_dir, tmp_path, resumes):
+    first = fit(pico_dir, tmp_path, 1e-2).read_bytes()
+
+    class Fails(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            assert trainer.newest_checkpoint() is None  # killed now, it would not go on with another run's weights
+            raise UsageError("There is no such export.")
+
+    trainer = make_trainer(tmp_path, last(), Fails(), overwrite=True)
+    with pytest.raises(UsageError, match="There is no such export"):
+        trainer.fit(make_module(pico_dir), alpaca_data(tmp_path / "data"))
+    directory = tmp_path / "checkpoints"
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == {"last.ckpt": first}
+    # Of a run that was killed there, the next one that trains removes what had stepped aside.
+    (directory / "last.ckpt").rename(directory / ".last.ckpt.old")
+    (directory / ".x.ckpt.partial").write_text("of a killed run")
+    trainer = make_trainer(tmp_path, last())
+    trainer.resuming = resumes
+    trainer.fit(make_module(pico_dir), alpaca_data(tmp_path / "data"))
+    assert [path.name for path in directory.iterdir()] == ["last.ckpt"]
+
+
+def test_a_trial_run_removes_no_checkpoint(pico_dir, tmp_path):
+    first = fit(pico_dir, tmp_path, 1e-2).read_bytes()
+    trainer = make_trainer(tmp_path, last(), overwrite=True, fast_dev_run=True)
+    trainer.fit(make_module(pico_dir), alpaca_data(tmp_path / "data"))
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == first
+
+
 def test_checkpoints_in_a_directory_of_several_runs_stay(pico_dir, tmp_path):
     shared = tmp_path / "shared"
+    shared.mkdir()
+    for name in (".other.ckpt.partial", ".killed.ckpt.partial"):
+        (shared / name).write_text("of another run")
+    long_ago = time.time() - 8 * 24 * 3600
+    os.utime(shared / ".killed.ckpt.partial", (long_ago, long_ago))
     for name in ("one", "two"):
         keep = pl.callbacks.ModelCheckpoint(shared, filename=name, every_n_train_steps=1)
         make_trainer(tmp_path / name, keep, overwrite=True).fit(make_module(pico_dir), alpaca_data(tmp_path / name))
-    assert sorted(path.name for path in shared.iterdir()) == ["one.ckpt", "two.ckpt"]
+    assert sorted(path.name for path in shared.iterdir()) == [".other.ckpt.partial", "one.ckpt", "two.ckpt"]
 
 
 def test_a_run_that_is_kept_out_does_not_touch_the_logs_of_the_other(pico_dir, tmp_path):
@@ -67,6 +103,28 @@ def test_a_run_that_is_kept_out_does_not_touch_the_logs_of_the_other(pico_dir, t
     trainer = make_trainer(tmp_path, logger=CSVLogger(tmp_path, "logs", version=0))
     with locked(tmp_path), pytest.raises(UsageError, match="Another run works in"):
         trainer.fit(make_module(pico_dir), alpaca_data(tmp_path / "data"))
+    assert log.read_text() == "of the run that works here"
+
+
+def kept_out(rank: int, place: str) -> None:
+    directory = Path(place)
+    options = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
+    trainer = make_trainer(directory / "run", logger=CSVLogger(directory / "run", "logs", version=0), **options)
+    with pytest.raises(UsageError) as caught:
+        trainer.fit(make_module(directory / "model"), alpaca_data(directory / "data"))
+    (directory / f"told_{rank}").write_text(str(caught.value))
+
+
+@pytest.mark.long
+def test_two_processes_that_are_kept_out_do_not_touch_them_either(tmp_path):
+    pico_model().save_pretrained(tmp_path / "model")
+    pico_tokenizer().save_pretrained(tmp_path / "model")
+    log = tmp_path / "run" / "logs" / "version_0" / "metrics.csv"
+    log.parent.mkdir(parents=True)
+    log.write_text("of the run that works here")
+    with locked(tmp_path / "run"):
+        under_torchrun(kept_out, tmp_path)
+    assert all("Another run works in" in (tmp_path / f"told_{rank}").read_text() for rank in (0, 1))
     assert log.read_text() == "of the run that works here"
 
 
@@ -111,3 +169,47 @@ def test_no_rank_waits_for_one_that_cannot_write(tmp_path):
     assert told[0] == told[1]
     assert re.search(r"last\.ckpt could not be written: No space left on device\. Those .*--ckpt_path last", told[0])
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_checkpoint_that_finds_no_place(pico_dir, tmp_path, monkeypatch):
+    whole, replace = fit(pico_dir, tmp_path, 1e-2).read_bytes(), os.replace
+
+    def full(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError(28, "No space left on device", os.fspath(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(
+        UsageError, match=r"last\.ckpt could not be written: No space left on device\. Those .* are whole"
+    ):
+        fit(pico_dir, tmp_path, 1e-2, steps=3, ckpt_path=path)
+    assert {one.name: one.read_bytes() for one in path.parent.iterdir()} == {"last.ckpt": whole}
+
+
+class InParts(DDPStrategy):
+    """A strategy of whose checkpoint each rank writes a part, as DeepSpeed's: they wait for each other meanwhile."""
+
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+        if self.global_rank == 0:
+            raise OSError(28, "No space left on device", os.fspath(filepath))
+        self.barrier()
+
+
+def full_disk_of_parts(rank: int, place: str) -> None:
+    directory = Path(place)
+    trainer = make_trainer(directory / "run", last(), devices=2, strategy=InParts(process_group_backend="gloo"))
+    with pytest.raises((UsageError, RuntimeError)) as caught:  # the second rank: that the first one is gone
+        trainer.fit(make_module(directory / "model"), alpaca_data(directory / f"data_{rank}"))
+    (directory / f"told_{rank}").write_text(f"{type(caught.value).__name__}: {caught.value}")
+    os._exit(0)  # as who launched them ends them, without a word to each other
+
+
+@pytest.mark.long
+def test_where_ranks_wait_for_each_other_the_one_that_cannot_write_tells_why(tmp_path):
+    pico_model().save_pretrained(tmp_path / "model")
+    pico_tokenizer().save_pretrained(tmp_path / "model")
+    under_torchrun(full_disk_of_parts, tmp_path)
+    assert re.match(r"UsageError: The checkpoint .*last\.ckpt could not be written", (tmp_path / "told_0").read_text())
+    assert not (tmp_path / "told_1").read_text().startswith("UsageError")
