@@ -71,7 +71,9 @@ class CLI(LightningCLI):
         if not self._names_data:
             parser.set_defaults({"data": {"class_path": "slm_pl.data.AlpacaDataModule"}})
         parser.add_argument(
-            "--overwrite", action="store_true", help="Replace results and exports that an earlier run left."
+            "--overwrite",
+            action="store_true",
+            help="Replace results, exports and checkpoints that an earlier run left.",
         )
         parser.add_argument(
             "--ratio",
