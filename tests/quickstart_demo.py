@@ -74,6 +74,9 @@ def look(address: str, picture: str | None) -> None:
 
 def main() -> None:
     """Runs the script."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a shell's background jobs ignore, and what they start
     process = subprocess.Popen(
         ["make", "demo"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -91,7 +94,11 @@ def main() -> None:
     finally:
         watchdog.cancel()
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(30)
+        try:
+            process.wait(30)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

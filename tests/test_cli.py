@@ -457,10 +457,13 @@ def test_interrupt_leaves_whole_checkpoints_and_no_export(arguments, tmp_path):
     changes = ("--trainer.max_steps", "100000", "--trainer.max_epochs", "-1", "--trainer.enable_checkpointing", "true")
     process = run_in_a_process(["fit", *arguments(*changes, callbacks=callbacks)])
     deadline = time.monotonic() + 120
-    while len(list(checkpoints.glob("*.ckpt"))) < 3 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out = process.communicate(timeout=60)[0]
+    try:
+        while len(list(checkpoints.glob("*.ckpt"))) < 3 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
     assert process.returncode != 0
     assert "Traceback" not in out
     files = list(checkpoints.glob("*.ckpt"))

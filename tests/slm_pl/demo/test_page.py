@@ -87,7 +87,10 @@ def server(models, tmp_path_factory):
     threading.Thread(target=process.stdout.read, daemon=True).start()
     yield f"http://127.0.0.1:{port}/"
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    try:
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
 
 
 @pytest.fixture(scope="module")
