@@ -1,5 +1,6 @@
 """Two real processes that work together through gloo."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 Work = Callable[[int, str], None]
+_IMPORTED = ["tests.helpers.run", "tests.helpers.pico", "peft", "transformers.models.llama.modeling_llama"]
 
 
 def in_two_processes(work: Work, directory: Path) -> None:
@@ -15,12 +17,19 @@ def in_two_processes(work: Work, directory: Path) -> None:
 
     What it finds it leaves in files of the directory.
     """
-    torch.multiprocessing.spawn(_rank, (_free_port(), work, str(directory)), nprocs=2)
+    _start(_rank, work, directory)
 
 
 def under_torchrun(work: Work, directory: Path) -> None:
     """The same, but the processes are not joined yet: they have the environment that torchrun gives, for Lightning."""
-    torch.multiprocessing.spawn(_torchrun_rank, (_free_port(), work, str(directory)), nprocs=2)
+    _start(_torchrun_rank, work, directory)
+
+
+def _start(rank: Callable[..., None], work: Work, directory: Path) -> None:
+    # Processes are forked from one that has imported what takes each of them seven seconds, and has done nothing else.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED)
+    arguments = (_free_port(), dict(os.environ), os.getcwd(), work, str(directory))
+    torch.multiprocessing.start_processes(rank, arguments, nprocs=2, start_method="forkserver")
 
 
 def _free_port() -> int:
@@ -29,14 +38,23 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _rank(rank: int, port: int, work: Work, directory: str) -> None:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _as_the_test(environment: dict[str, str], directory: str) -> None:
+    """The server is as the first test found it."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
     torch.set_num_threads(1)
+
+
+def _rank(rank: int, port: int, environment: dict[str, str], cwd: str, work: Work, directory: str) -> None:
+    _as_the_test(environment, cwd)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     work(rank, directory)
     torch.distributed.destroy_process_group()
 
 
-def _torchrun_rank(rank: int, port: int, work: Work, directory: str) -> None:
+def _torchrun_rank(rank: int, port: int, environment: dict[str, str], cwd: str, work: Work, directory: str) -> None:
+    _as_the_test(environment, cwd)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -49,7 +67,6 @@ def _torchrun_rank(rank: int, port: int, work: Work, directory: str) -> None:
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
-    torch.set_num_threads(1)
     work(rank, directory)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
