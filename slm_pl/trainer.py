@@ -133,9 +133,9 @@ class Trainer(pl.Trainer):
 
     @property
     def checkpoint_directories(self) -> list[Path]:
-        """Where the checkpoint callbacks write."""
+        """Where the checkpoint callbacks write; several may write in one."""
         own = [callback.dirpath for callback in self.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-        found = [Path(directory) for directory in own if directory]
+        found = [Path(directory) for directory in dict.fromkeys(own) if directory]
         return found or [Path(self.default_root_dir) / "checkpoints"]
 
     def _checkpoints(self) -> list[Path]:

@@ -62,7 +62,8 @@ def test_a_run_that_fails_before_it_trains_leaves_what_was_there(pico_dir, tmp_p
             assert trainer.newest_checkpoint() is None  # killed now, it would not go on with another run's weights
             raise UsageError("There is no such export.")
 
-    trainer = make_trainer(tmp_path, last(), Fails(), overwrite=True)
+    best = pl.callbacks.ModelCheckpoint(filename="best", every_n_train_steps=2)  # two in one directory
+    trainer = make_trainer(tmp_path, last(), best, Fails(), overwrite=True)
     with pytest.raises(UsageError, match="There is no such export"):
         trainer.fit(make_module(pico_dir), alpaca_data(tmp_path / "data"))
     directory = tmp_path / "checkpoints"
