@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -89,6 +90,20 @@ def test_accuracy_of_local_piqa(piqa):
     assert (result.mean, result.mean_stderr) == (task.value, pytest.approx(task.stderr))
     assert result.harness.startswith("lm_eval 0.4")
     assert result.batch_size == 8
+
+
+def test_prompts_that_are_cut_are_told_once_and_what_concerns_nobody_is_not(tmp_path, caplog):
+    rows = [{**row, "goal": f"{row['goal']} " + "with both hands " * 60} for row in PIQA]
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = pico_llama(context=64)
+    zero_shot(model.eval(), pico_tokenizer(), ["piqa"], local_data=str(tmp_path), num_fewshot=0)
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("lm_eval")]
+    (cut,) = told
+    assert re.match(r"Combined length of context .* exceeds model's maximum length \(64\)\. Truncating \d+", cut)
+    assert cut.endswith("Further prompts that are cut are not told.")
+    zero_shot(model.eval(), pico_tokenizer(), ["piqa"], local_data=str(tmp_path), limit=1)  # of the next call again
+    assert len([record for record in caplog.records if record.name.startswith("lm_eval")]) == 2
 
 
 def _harness_figures(folder, tasks, data, limit, **options):
