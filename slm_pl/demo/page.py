@@ -10,7 +10,7 @@ import torch
 from slm_pl.demo import sights
 from slm_pl.demo.engine import Absent, DemoModel, Event, Failed, Finished, Waiting, Writing, failure, process_memory
 from slm_pl.demo.markup import escape, readable
-from slm_pl.demo.runs import MOST_AT_ONCE, MOST_CHARACTERS, MOST_NEW_TOKENS, Runs, Settings
+from slm_pl.demo.runs import MOST_AT_ONCE, MOST_NEW_TOKENS, Runs, Settings
 from slm_pl.errors import UsageError
 from slm_pl.report.comparison import Comparison
 
@@ -82,7 +82,6 @@ def build(models: "Sequence[DemoModel | Absent]", comparison: Comparison | None)
                 placeholder="Some text for the models to continue",
                 lines=2,
                 max_lines=8,
-                max_length=MOST_CHARACTERS,
                 elem_id="prompt",
             )
             with gr.Row(elem_classes="buttons"):

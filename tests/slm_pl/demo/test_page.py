@@ -220,6 +220,11 @@ def test_an_empty_prompt_is_told_and_leaves_the_columns(page):
     page.one("#run").click()
     page.until(lambda: "holds 1,100" in page.status(0))
     assert not page.one("#message").is_displayed()
+    # Pasted: nothing of it is cut on the way.
+    paste = "arguments[0].value = 'x'.repeat(200001); arguments[0].dispatchEvent(new Event('input'))"
+    page.driver.execute_script(paste, page.one("#prompt textarea"))
+    page.one("#run").click()
+    page.until(lambda: "The prompt has 200,001 characters" in page.one("#message").text)
 
 
 def test_keys_alone_run_and_stop(page):
