@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm_pl import files
+from slm_pl import files, gguf_export
 from slm_pl.compression import modeling
 from slm_pl.compression.plan import Plan, count_parameters, load_plans, save_plans
 from slm_pl.console import OWN_CODE
@@ -89,7 +89,8 @@ def save_compressed(
         for name, content in (shown | table).items():
             (temporary / name).write_bytes(content)
         pictures = [name for name in shown if name.endswith((".png", ".svg"))]
-        card = model_card(model, plans, recovered, pictures, *written, citations, no_map)
+        gguf = gguf_export.takes(model.config, tokenizer)
+        card = model_card(model, plans, recovered, pictures, *written, citations, no_map, gguf)
         (temporary / CARD).write_text(card, encoding="utf-8")
         write_sums(temporary, left_out=[CARD, *pictures])
     return Path(directory)

@@ -33,7 +33,7 @@ from slm_pl.sums import check_sums
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Format = Literal["gguf"]
 GGUFType = Literal["f16", "bf16", "f32"]
@@ -119,6 +119,16 @@ def write_gguf(
         write_vocabulary(writer, vocabulary, directory)
         tensors.write(writer, dtype)
     return target
+
+
+def takes(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether :func:`write_gguf` can write a model of this config, with this tokenizer."""
+    try:
+        _check_config(config, "the model")
+        read_vocabulary(tokenizer, config.vocab_size)
+    except UsageError:
+        return False
+    return True
 
 
 def _check_config(config: "PreTrainedConfig", name: str) -> None:

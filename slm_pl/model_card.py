@@ -120,6 +120,7 @@ def model_card(
     quantised: str | None,
     citations: Sequence[str] = (),
     no_map: str | None = None,
+    gguf: bool = False,
 ) -> str:
     """The card as Markdown; texts of plans are escaped.
 
@@ -132,6 +133,7 @@ def model_card(
         quantised: What they are quantised to; None if they are not.
         citations: BibTeX of the methods.
         no_map: Why there is no layer map.
+        gguf: Whether ``export --to gguf`` takes it.
     """
     base = hub_id(plans, model)
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
@@ -152,7 +154,7 @@ def model_card(
         if kind.endswith("png"):
             lines += ["", f"![{_ALT_TEXTS.get(name, 'How alike the layers were before')}]({picture})"]
     lines += ["", "## Results", "", RESULTS_BEGIN, _UNMEASURED, RESULTS_END]
-    lines += ["", "## Use", "", *_use(model, plans, quantised)]
+    lines += ["", "## Use", "", *_use(model, plans, quantised, gguf)]
     if citations:
         lines += ["## Citation", "", "```bibtex", "\n\n".join(citations), "```", ""]
     licence = "The licence of the base model applies to this checkpoint"
@@ -195,7 +197,7 @@ def _made_of(model: "PreTrainedModel", plans: list[Plan], recovered: bool) -> li
     return lines + [f"`{plan.sha256}`" for plan in plans]
 
 
-def _use(model: "PreTrainedModel", plans: list[Plan], quantised: str | None) -> list[str]:
+def _use(model: "PreTrainedModel", plans: list[Plan], quantised: str | None, gguf: bool) -> list[str]:
     """How to load it, and which other programs can."""
     own_code = needs_own_code(model)
     lines = ["```python", load_example(".", "own code" if own_code else "stock", quantised == INT8), "```", ""]
@@ -220,14 +222,20 @@ def _use(model: "PreTrainedModel", plans: list[Plan], quantised: str | None) -> 
             "```",
             "",
         ]
-    if model.config.model_type == "llama":
-        other = "" if narrowed else " or with llama.cpp's own converter"
+    converters = {
+        "slm_pl": "python main.py export --to gguf DIRECTORY" if gguf else None,
+        "llama.cpp's own converter": None if narrowed else "python convert_hf_to_gguf.py DIRECTORY --outtype f16",
+    }
+    commands = [command for command in converters.values() if command is not None]
+    if commands:
+        who = " or ".join(name for name, command in converters.items() if command is not None)
+        may = "" if gguf else ", which may take it"
         lines += [
-            f"For llama.cpp, write it as GGUF with slm_pl{other}:",
+            f"For llama.cpp, write it as GGUF with {who}{may}; then run that file:",
             "",
             "```sh",
-            "python main.py export --to gguf DIRECTORY",
-            *([] if narrowed else ["python convert_hf_to_gguf.py DIRECTORY"]),
+            *commands,
+            "llama-cli -m FILE.gguf -p 'Once upon a time'",
             "```",
             "",
         ]

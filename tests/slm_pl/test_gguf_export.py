@@ -315,6 +315,7 @@ def test_tokenizer_without_a_counterpart_is_refused(tokenizer, said, tmp_path):
     export = pico_export(tmp_path, tokenizer(), **changes)
     with pytest.raises(UsageError, match=said):
         write_gguf(export)
+    assert "export --to gguf" not in (export / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"export"}
 
 
@@ -334,6 +335,7 @@ def test_model_without_a_counterpart_is_refused(changes, said, tmp_path):
     export = pico_export(tmp_path, **changes)
     with pytest.raises(UsageError, match=said):
         write_gguf(export)
+    assert "export --to gguf" not in (export / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"export"}
 
 

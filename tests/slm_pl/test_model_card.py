@@ -81,7 +81,8 @@ def test_layers_that_are_narrower_all_alike_are_known_to_go_to_llama_cpp_only():
     model = pico_model()
     plan = Plan(Base.of(model), Method("x", {}), None, tuple(KeepChannels(i, "mlp", (0, 1)) for i in range(6)))
     surgery.apply(model, plan)
-    card = card_of(model, [plan])
+    assert "llama.cpp" not in card_of(model, [plan])
+    card = card_of(model, [plan], gguf=True)
     assert "export --to gguf" in card
     assert "convert_hf_to_gguf.py" not in card
     assert "vllm" not in card.lower()
@@ -96,17 +97,21 @@ def test_layers_that_are_narrower_all_alike_are_known_to_go_to_llama_cpp_only():
     assert "export --to gguf" not in card_of(model, [plan])
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_other_programs_where_they_apply(model_type):
+@pytest.mark.parametrize(("model_type", "gguf"), [("llama", True), ("llama", False), ("qwen3", False)])
+def test_other_programs_where_they_apply(model_type, gguf):
     model, plans = dropped(model_type)
-    card = card_of(model, plans)
+    card = card_of(model, plans, gguf=gguf)
     assert "vllm serve ." in card
-    assert ("convert_hf_to_gguf.py" in card) is (model_type == "llama")
+    assert "convert_hf_to_gguf.py" in card
+    assert ("which may take it" in card) is not gguf
+    assert "llama-cli -m FILE.gguf" in card
     commands = [line for line in card.splitlines() if line.startswith("python main.py ")]
-    assert len(commands) == (model_type == "llama")
+    assert len(commands) == gguf
     for command in commands:
         assert export_parser().parse_args(command.split()[3:]).directory == "DIRECTORY"
-    assert "vllm serve" not in model_card(model, plans, False, [], "float32", "int8")
+    quantised = model_card(model, plans, False, [], "float32", "int8", gguf=gguf)
+    assert "vllm serve" not in quantised
+    assert "llama" not in quantised.partition("## Use")[2]
 
 
 def test_texts_of_a_stranger_stay_text():
