@@ -278,6 +278,7 @@ class Trainer(pl.Trainer):
         environment = self._accelerator_connector.cluster_environment
         requeue = isinstance(environment, SLURMEnvironment) and self.stop_signal == environment.requeue_signal
         if requeue and self.is_global_zero and "SLURM_JOB_ID" in os.environ:
+            # SLURM's own program, wherever the node has it, with SLURM's own number.
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)  # noqa: S603, S607
 
     def catch_up_validation(self, done: Collection[int]) -> None:

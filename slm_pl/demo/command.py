@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _HERE = ("localhost", "127.0.0.1", "::1")
-_EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104
+_EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  what a user may give, to be told what it means
 
 
 def demo_parser() -> ArgumentParser:
