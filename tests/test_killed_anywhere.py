@@ -12,16 +12,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.disk import FAILURES, can_mount, fail_at, fill, said_once, size
+from tests.faults.disk import FAILURES, can_mount, fail_at, fail_over, fill, said_once, size
 from tests.faults.kill import kill_once, outcome, stages, whole
-from tests.faults.processes import AtFileEvent, Vanish, finish, fit_config, jumping_clock, write, write_inputs
+from tests.faults.processes import (
+    AtFileEvent,
+    Vanish,
+    finish,
+    fit_config,
+    jumping_clock,
+    measure_config,
+    prune_config,
+    write,
+    write_inputs,
+)
 
 
 @pytest.mark.long
 def test_commands_are_killed_and_go_on(tmp_path):
     generator = random.Random(7)
     for stage in stages(tmp_path, ["fit", "prune"]):
-        doing = kill_once(stage, 1, generator, tmp_path)
+        doing, killed = kill_once(stage, 1, generator, tmp_path)
+        assert killed
         assert doing != "before anything was written"
         assert outcome(stage.run) == stage.outcome
 
@@ -82,6 +93,7 @@ def test_a_disk_that_fails_loses_nothing(tmp_path):
     (stage,) = stages(tmp_path, ["prune"])
     for failure in FAILURES.values():
         fail_at(stage, generator.randint(stage.events // 4, stage.events // 2), failure, tmp_path)
+    fail_over(stage, stage.events // 2, tmp_path)
     if can_mount():
         assert "No space left" in fill(stage, size(stage.run) // 2, tmp_path)
 
@@ -94,22 +106,40 @@ def fitted(tmp_path_factory):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("part", [0.3])
-def test_a_data_file_that_vanishes_is_not_missed_or_is_named(part, fitted, tmp_path):
+@pytest.mark.parametrize("read", [False, True])
+def test_rows_that_vanish_are_named_or_were_read_before(read, fitted, tmp_path):
     place, stage = fitted
     rows, kept = place / "inputs" / "rows.jsonl", tmp_path / "rows.jsonl"
     shutil.copy(rows, kept)
     shutil.rmtree(stage.run)
-    log = tmp_path / "log.txt"
-    events = str(tmp_path / "events.txt")
-    code = finish(stage.arguments, log, Vanish(str(stage.run), int(part * stage.events), events, str(rows)))
+    log, at = tmp_path / "log.txt", stage.events // 3 if read else 1  # the lock, before the rows are read
+    code = finish(stage.arguments, log, Vanish(str(stage.run), at, str(tmp_path / "events.txt"), str(rows)))
     assert not rows.exists()
-    if code:
-        assert str(rows) in said_once(log)
-        shutil.copy(kept, rows)
-        assert finish(stage.arguments, log) == 0
     shutil.copy(kept, rows)
+    if not read:
+        assert code == 1
+        assert str(rows) in said_once(log)
+        assert finish(stage.arguments, log) == 0
     assert outcome(stage.run) == stage.outcome
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("role", ["calibration", "measured"])
+def test_a_text_that_vanishes_is_named(role, tmp_path):
+    model, _ = write_inputs(tmp_path / "inputs")
+    text, run, log = tmp_path / "text.txt", tmp_path / "run", tmp_path / "log.txt"
+    text.write_text("So many words of a text that is gone when it is read. " * 50)
+    if role == "calibration":
+        command, config = "prune", prune_config(model, run)
+        config["data"]["calibration"]["source"] = str(text)
+    else:
+        command, config = "test", measure_config(model, run)
+        config["trainer"]["callbacks"][0]["init_args"]["texts"] = [{"source": str(text), "max_tokens": 64}]
+    arguments = [command, "--config", write(config, tmp_path / "config.yaml")]
+    assert finish(arguments, log, Vanish(str(run), 1, str(tmp_path / "events.txt"), str(text))) == 1
+    assert str(text) in said_once(log)
+    assert not list(run.rglob("results.json"))
+    assert not list(run.rglob("config.json"))
 
 
 @pytest.mark.long

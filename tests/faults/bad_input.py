@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = 21
+TESTS = 22
 """How many tests make inputs; the others of that file damage each byte, or each part, once."""
 
 

@@ -3,7 +3,9 @@
 Half of the times the disk says at a random change of a file, and from then on, that it is full, or that it may be read
 only; the others, the commands write to a real file system in memory (``tmpfs``, which only root may make) with room for
 a random share of what they write. Then the command must end with one message and no traceback, no file with its proper
-name may be broken, and with room, the same command must leave what an undisturbed run had left.
+name may be broken, and with room, the same command must leave what an undisturbed run had left. With ``--each``, it is
+full at every change of a file that ``prune``, ``test`` and ``compare`` make, one after the other: once with nothing
+there before, once over what an earlier run left, of which nothing may be missing afterwards.
 """
 
 import argparse
@@ -14,6 +16,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -30,6 +35,8 @@ def said_once(log: Path) -> str:
     text = log.read_text()
     assert "Traceback" not in text, text[-4000:]
     messages = [line for line in text.splitlines() if line.startswith("error: ")]
+    if not messages and "Mend the cause, then run the same command again" in text:  # a sweep of which cells failed
+        return "a table of the cells that failed"
     assert len(messages) == 1, text[-4000:]
     return messages[0]
 
@@ -58,6 +65,22 @@ def fail_at(stage: Stage, number: int, failure: int, place: Path) -> str:
     fault = DiskFails(str(stage.run), number, str(place / "events.txt"), failure)
     said = _ends_or_is_told(stage, place / "log.txt", fault)
     _goes_on(stage, place / "again.txt")
+    return said
+
+
+def fail_over(stage: Stage, number: int, place: Path) -> str:
+    """The same, of a full disk, over what an earlier run left: that is still there, or its successor is."""
+    overwrite = [] if stage.name == "compare" else ["--overwrite"]
+    again = replace(stage, arguments=[*stage.arguments, *overwrite])
+    if outcome(stage.run) != stage.outcome:
+        shutil.rmtree(stage.run, ignore_errors=True)
+        assert finish(stage.arguments, place / "log.txt") == 0
+    fault = DiskFails(str(stage.run), number, str(place / "events.txt"), errno.ENOSPC)
+    said = _ends_or_is_told(again, place / "log.txt", fault)
+    whole(stage.run)
+    found = outcome(stage.run)
+    for name, expected in stage.outcome.items():
+        assert found.get(name) == expected, f"{name} is not what the run before left"
     return said
 
 
@@ -102,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--times", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--each", action="store_true", help="Every change of a file in turn, of three commands.")
     options = parser.parse_args()
     generator = random.Random(options.seed)
     real = can_mount()
@@ -110,21 +134,33 @@ def main() -> None:
     tried, lost = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     with tempfile.TemporaryDirectory(prefix="slm_pl_disk_") as directory:
         place = Path(directory)
-        all_stages = stages(place)
+        all_stages = stages(place, ("prune", "test", "compare")) if options.each else stages(place)
         written = {stage.name: size(stage.run) for stage in all_stages}
+
+        def attempt(stage: Stage, how: str, work: Callable[[], str]) -> None:
+            tried[stage.name, how] += 1
+            try:
+                said = work()
+            except Exception as error:
+                lost[stage.name, how] += 1
+                said = f"LOST: {error}"
+            print(f"{stage.name}, {how}: {said}", flush=True)
+
         for stage in all_stages:
+            if options.each:
+                for at in range(1, stage.events + 1):
+                    attempt(stage, "full", partial(fail_at, stage, at, errno.ENOSPC, place))
+                for at in range(1, stage.events + 1):
+                    attempt(stage, "full, over an earlier run", partial(fail_over, stage, at, place))
+                continue
             for number in range(max(4, round(stage.share * options.times))):
                 how = ["full", "tmpfs", "read-only", "tmpfs"][number % 4] if real else ["full", "read-only"][number % 2]
-                tried[stage.name, how] += 1
-                try:
-                    if how == "tmpfs":
-                        said = fill(stage, int(generator.uniform(0.0, 1.1) * written[stage.name]), place)
-                    else:
-                        said = fail_at(stage, generator.randint(1, stage.events), FAILURES[how], place)
-                except Exception as error:
-                    lost[stage.name, how] += 1
-                    said = f"LOST: {error}"
-                print(f"{stage.name}, {how}: {said}", flush=True)
+                if how == "tmpfs":
+                    room = int(generator.uniform(0.0, 1.1) * written[stage.name])
+                    attempt(stage, how, partial(fill, stage, room, place))
+                else:
+                    at = generator.randint(1, stage.events)
+                    attempt(stage, how, partial(fail_at, stage, at, FAILURES[how], place))
     table = Table("stage", "disk", "times", "broken or lost", title="Disks that fail")
     for (name, how), times in tried.items():
         table.add_row(name, how, str(times), str(lost[name, how]))

@@ -9,6 +9,7 @@ figure that is no time. Figures that were finished before the kill must not be m
 
 import argparse
 import contextlib
+import csv
 import json
 import random
 import shutil
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -63,6 +65,9 @@ class Stage:
     outcome: dict[str, object] = field(default_factory=dict)
 
 
+_ENDS = {".html": "</html>\n", ".svg": "</svg>\n", ".md": "\n", ".tex": "\n"}
+
+
 def whole(run: Path) -> None:
     """Fails if a file with its proper name is not whole."""
     for path in run.rglob("*"):
@@ -81,6 +86,12 @@ def whole(run: Path) -> None:
             load_tokenizer(resolve(str(path.parent)))
         elif path.suffix == ".json":
             json.loads(path.read_text())
+        elif path.suffix == ".png":
+            Image.open(path).verify()
+        elif path.suffix in _ENDS:
+            assert path.read_text().endswith(_ENDS[path.suffix]), path
+        elif path.suffix == ".csv":
+            assert len({len(row) for row in csv.reader(path.read_text().splitlines())}) == 1, path
 
 
 def outcome(run: Path) -> dict[str, object]:
@@ -120,11 +131,11 @@ def figures_kept(run: Path) -> int:
     return len(json.loads(path.read_text())["parts"]) if path.is_file() else 0
 
 
-def kill_once(stage: Stage, number: int, generator: random.Random, place: Path) -> str:
+def kill_once(stage: Stage, number: int, generator: random.Random, place: Path) -> tuple[str, bool]:
     """Kills a stage once, and checks what is left and what comes of it.
 
     Returns:
-        What it was doing.
+        What it was doing, and whether it was killed: it may have ended before.
     """
     log, events = place / "log.txt", place / "events.txt"
     log.unlink(missing_ok=True)
@@ -135,7 +146,7 @@ def kill_once(stage: Stage, number: int, generator: random.Random, place: Path) 
         code = finish(stage.arguments, log, AtFileEvent(str(stage.run), at, str(events)))
     else:
         process = start(stage.arguments, log, AtFileEvent(str(stage.run), -1, str(events)))
-        process.join(generator.uniform(0.2, 1.0) * stage.seconds)
+        process.join(generator.uniform(0.1, 1.0) * stage.seconds)
         process.kill()
         process.join()
         code = process.exitcode
@@ -144,22 +155,26 @@ def kill_once(stage: Stage, number: int, generator: random.Random, place: Path) 
     doing = lines[-1] if lines else "before anything was written"
     whole(stage.run)
     kept = figures_kept(stage.run)
-    ended_before = code == 0 or (stage.run / "results.json").exists()
-    if stage.name == "test" and ended_before:
-        return f"{doing} (it had ended)"
+    killed = code != 0
+    if stage.name == "test" and (stage.run / "results.json").exists():
+        _is_undisturbed(stage, doing)
+        return f"{doing} (it had ended)", killed
     again = log.with_name("again.txt")
     again.unlink(missing_ok=True)
     code = finish(stage.arguments, again)
-    if code != 0 and stage.name == "prune" and "exists and is not empty" in again.read_text():
-        return f"{doing} (it had ended)"
-    assert code == 0, f"{doing}:\n{again.read_text()[-3000:]}"
+    refused = stage.name == "prune" and "exists and is not empty" in again.read_text()
+    assert code == 0 or refused, f"{doing}:\n{again.read_text()[-3000:]}"
+    _is_undisturbed(stage, doing)
+    if kept:
+        assert f"{kept} figures are of a test" in again.read_text(), again.read_text()[-2000:]
+    return doing + " (it had ended)" * refused, killed
+
+
+def _is_undisturbed(stage: Stage, doing: str) -> None:
     found = outcome(stage.run)
     for name, expected in stage.outcome.items():
         assert found.get(name) == expected, f"{doing}: {name} is not what an undisturbed run makes"
     assert set(found) == set(stage.outcome), f"{doing}: {set(found) ^ set(stage.outcome)}"
-    if kept:
-        assert f"{kept} figures are of a test" in again.read_text(), again.read_text()[-2000:]
-    return doing
 
 
 def stages(place: Path, names: Sequence[str] = ("fit", "prune", "test", "compare", "sweep")) -> list[Stage]:
@@ -215,25 +230,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     generator = random.Random(options.seed)
-    killed, lost, doing = Counter[str](), Counter[str](), {}
+    killed, lost, tried = Counter[str](), Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="slm_pl_kills_") as directory:
         place = Path(directory)
         all_stages = stages(place)
         for stage in all_stages:
-            for number in range(max(1, round(stage.share * options.kills))):
-                killed[stage.name] += 1
+            wanted = max(1, round(stage.share * options.kills))
+            while killed[stage.name] < wanted and tried[stage.name] < 3 * wanted:
+                tried[stage.name] += 1
                 try:
-                    said = kill_once(stage, number, generator, place)
+                    said, was = kill_once(stage, tried[stage.name], generator, place)
                 except Exception as error:
                     lost[stage.name] += 1
-                    said = f"LOST: {error}"
-                doing.setdefault(stage.name, []).append(said)
-                print(f"{stage.name} {killed[stage.name]}: {said}", flush=True)
+                    said, was = f"LOST: {error}", True
+                killed[stage.name] += was
+                print(f"{stage.name} {killed[stage.name]}{'' if was else ' (not killed)'}: {said}", flush=True)
     table = Table("stage", "killed", "changes of files", "seconds", "broken or lost", title="SIGKILL")
     for stage in all_stages:
         row = (killed[stage.name], stage.events, f"{stage.seconds:.1f}", lost[stage.name])
         table.add_row(stage.name, *map(str, row))
     Console(width=100).print(table)
+    print(f"{killed.total()} processes killed, {lost.total()} lost")
     if lost:
         sys.exit(1)
 
