@@ -259,7 +259,8 @@ class _Estimator:
             rehearsal = rehearsal or Rehearsal(total, self.inputs / self.dense.hidden)
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # what is said there is about random weights
+                    # The weights are random: no two layers of them are alike.
+                    warnings.filterwarnings("ignore", message="SlidingWindowMerging merged nothing")
                     work, fit = rehearsal.perform(method, left is not None)  # type: ignore[arg-type]
                 self._searched(method, model, work, fit)
             except UsageError as error:
