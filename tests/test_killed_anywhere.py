@@ -134,7 +134,8 @@ def test_a_text_that_vanishes_is_named(role, tmp_path):
         config["data"]["calibration"]["source"] = str(text)
     else:
         command, config = "test", measure_config(model, run)
-        config["trainer"]["callbacks"][0]["init_args"]["texts"] = [{"source": str(text), "sequence_length": 16, "max_tokens": 64}]
+        asked = {"source": str(text), "sequence_length": 16, "max_tokens": 64}
+        config["trainer"]["callbacks"][0]["init_args"]["texts"] = [asked]
     arguments = [command, "--config", write(config, tmp_path / "config.yaml")]
     assert finish(arguments, log, Vanish(str(run), 1, str(tmp_path / "events.txt"), str(text))) == 1
     assert str(text) in said_once(log)

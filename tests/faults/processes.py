@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,19 +13,8 @@ from pathlib import Path
 import torch
 import yaml
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "slm_pl.cli",
-        "slm_pl.trainer_cli",
-        "callbacks",
-        "transformers.models.llama",
-        "peft",
-        "datasets",
-        "matplotlib",
-        "lm_eval",
-    ]
-)
+from tests.helpers.forked import CONTEXT, AsHere
+
 # What changes a directory: a kill in front of any of them is one between two states of the disk.
 _CHANGES = (
     "open",
@@ -127,7 +115,7 @@ def _command(arguments: list[str], log: str, fault: Callable[[], None] | None) -
 
 def start(arguments: list[str], log: Path, fault: Callable[[], None] | None = None):
     """Begins a command in a process of its own."""
-    process = CONTEXT.Process(target=_command, args=(arguments, str(log), fault))
+    process = CONTEXT.Process(target=AsHere(_command), args=(arguments, str(log), fault))
     process.start()
     return process
 

@@ -1,6 +1,5 @@
 """Two real processes that work together through gloo."""
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -8,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers.forked import AsHere
+
 Work = Callable[[int, str], None]
-_IMPORTED = ["tests.helpers.run", "tests.helpers.pico", "peft", "transformers.models.llama.modeling_llama"]
 
 
 def in_two_processes(work: Work, directory: Path) -> None:
@@ -26,10 +26,8 @@ def under_torchrun(work: Work, directory: Path) -> None:
 
 
 def _start(rank: Callable[..., None], work: Work, directory: Path) -> None:
-    # Processes are forked from one that has imported what takes each of them seven seconds, and has done nothing else.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED)
-    arguments = (_free_port(), dict(os.environ), os.getcwd(), work, str(directory))
-    torch.multiprocessing.start_processes(rank, arguments, nprocs=2, start_method="forkserver")
+    arguments = (_free_port(), work, str(directory))
+    torch.multiprocessing.start_processes(AsHere(rank), arguments, nprocs=2, start_method="forkserver")
 
 
 def _free_port() -> int:
@@ -38,23 +36,14 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _as_the_test(environment: dict[str, str], directory: str) -> None:
-    """The server is as the first test found it."""
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(directory)
-    torch.set_num_threads(1)
-
-
-def _rank(rank: int, port: int, environment: dict[str, str], cwd: str, work: Work, directory: str) -> None:
-    _as_the_test(environment, cwd)
+def _rank(rank: int, port: int, work: Work, directory: str) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
     work(rank, directory)
     torch.distributed.destroy_process_group()
 
 
-def _torchrun_rank(rank: int, port: int, environment: dict[str, str], cwd: str, work: Work, directory: str) -> None:
-    _as_the_test(environment, cwd)
+def _torchrun_rank(rank: int, port: int, work: Work, directory: str) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -67,6 +56,7 @@ def _torchrun_rank(rank: int, port: int, environment: dict[str, str], cwd: str, 
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
+    torch.set_num_threads(1)
     work(rank, directory)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
