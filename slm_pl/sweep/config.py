@@ -1,7 +1,7 @@
 """What a sweep is asked to do."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -133,9 +133,12 @@ class SweepConfig:
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> "SweepConfig":
-        """Makes one of what the parser gives."""
-        recovery = None if options["recovery"] is None else Recovery(**options["recovery"])
-        return cls(**{**options, "recovery": recovery, "submitit": Jobs(**options["submitit"])})
+        """Makes one of what the parser gives; what is null there is as if it were left out."""
+        given = _given(options)
+        for name, kind in (("recovery", Recovery), ("submitit", Jobs)):
+            if name in given:
+                given[name] = kind(**_given(given[name]))
+        return cls(**given)
 
     def sequence(self, label: str) -> list[Section]:
         """The callbacks of a method, in order.
@@ -148,6 +151,10 @@ class SweepConfig:
         if not callbacks:
             raise UsageError(f"methods.{label} is an empty list. Give a compression callback.")
         return callbacks
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _check_several(name: str, values: Sequence[float], allowed: str) -> None:
