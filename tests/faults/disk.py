@@ -69,7 +69,10 @@ def fail_at(stage: Stage, number: int, failure: int, place: Path) -> str:
 
 
 def fail_over(stage: Stage, number: int, place: Path) -> str:
-    """The same, of a full disk, over what an earlier run left: that is still there, or its successor is."""
+    """The same, of a full disk, over what an earlier run left: that is still there, or its successor is.
+
+    A directory that had stepped aside, and that the disk did not let go back, is there after the next run.
+    """
     overwrite = [] if stage.name == "compare" else ["--overwrite"]
     again = replace(stage, arguments=[*stage.arguments, *overwrite])
     if outcome(stage.run) != stage.outcome:
@@ -78,6 +81,8 @@ def fail_over(stage: Stage, number: int, place: Path) -> str:
     fault = DiskFails(str(stage.run), number, str(place / "events.txt"), errno.ENOSPC)
     said = _ends_or_is_told(again, place / "log.txt", fault)
     whole(stage.run)
+    if any(path.name.endswith(".old") for path in stage.run.glob(".*")):
+        assert stage.name == "compare" or finish(stage.arguments, place / "again.txt") == 1  # is told that it is there
     found = outcome(stage.run)
     for name, expected in stage.outcome.items():
         assert found.get(name) == expected, f"{name} is not what the run before left"
