@@ -351,6 +351,9 @@ LATER = [
     ("config", BOMB.encode()),
     ("config", f"a: {deep(3000)}".encode()),
     ("config", b"a: &a [1, *a]"),
+    ("sweep", dump(changed(SWEEP, ("data", "calibration"), True, "set"))),
+    ("sweep", dump(changed(SWEEP, ("data",), {"class_path": "slm_pl.data.AlpacaDataModule", "init_args": "x"}, "set"))),
+    ("sweep", dump(changed(SWEEP, ("methods", "sleb", "init_args"), [1], "set"))),
     ("sweep", BOMB.encode()),
     ("sweep", f"a: {deep(3000)}".encode()),
 ]

@@ -166,7 +166,11 @@ def _hashed(runs: Iterable[tuple[str, Section]], anywhere: Iterable[tuple[str, S
 def _sized(callbacks: list[Section], method: str, ratio: float) -> list[Section]:
     """The callbacks with their share of the size; see :class:`~slm_pl.sweep.config.SweepConfig`."""
     arguments = [
-        {name: value for name, value in (callback.get("init_args") or {}).items() if value is not None}
+        {
+            name: value
+            for name, value in _section("init_args of a method", callback.get("init_args")).items()
+            if value is not None
+        }
         for callback in callbacks
     ]
     left = 1 - ratio
@@ -208,7 +212,7 @@ def _filled(callbacks: list[Section], seed: int) -> list[Section]:
 def _as_class(data: Section) -> Section:
     """The data with its class named, which a config may leave out."""
     if "class_path" in data:
-        return {"class_path": data["class_path"], "init_args": dict(data.get("init_args") or {})}
+        return {"class_path": data["class_path"], "init_args": dict(_section("data.init_args", data.get("init_args")))}
     return {"class_path": _DATA, "init_args": dict(data)}
 
 
@@ -223,6 +227,13 @@ def _with_recovery_data(data: Section, over: Section) -> Section:
     return merge({"class_path": over["class_path"], "init_args": calibration}, over)
 
 
+def _section(name: str, value: object) -> Section:
+    """Options by name; none where there is null."""
+    if value is not None and not isinstance(value, dict):
+        raise UsageError(f"{name} is {str(value)[:100]!r}; it holds options by name, such as {{seed: 1}}.")
+    return value or {}
+
+
 def _seeded(data: Section, seed: int) -> Section:
-    calibration = {**(data["init_args"].get("calibration") or {}), "seed": seed}
+    calibration = {**_section("data.calibration", data["init_args"].get("calibration")), "seed": seed}
     return {**data, "init_args": {**data["init_args"], "calibration": calibration}}
