@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from slm_pl import files
@@ -107,6 +108,8 @@ def write_gguf(
     _check_config(config, source.pretrained)
     check_sums(directory)
     vocabulary = read_vocabulary(load_tokenizer(source), config.vocab_size)
+    if vocabulary.caution is not None:
+        rank_zero_warn(vocabulary.caution)
 
     import gguf
 
@@ -156,12 +159,9 @@ def _check_config(config: "PreTrainedConfig", name: str) -> None:
             f"The rotary embedding of {name} is of type {kind!r} on {partial:.0%} of a head; export --to gguf takes "
             f"default, linear and llama3 on all of it. {_OWN_CONVERTER}"
         )
-    for key, value in config.rope_parameters.items():
-        if (
-            key not in ("rope_type", "type")
-            and value is not None
-            and not (isinstance(value, int | float) and value > 0)
-        ):
+    numbers = {key: value for key, value in config.rope_parameters.items() if key not in ("rope_type", "type")}
+    for key, value in numbers.items():
+        if value is not None and not (isinstance(value, int | float) and value > 0):
             raise UsageError(
                 f"{key} in the config of {name} is {value!r}; it is a number above 0. Get the config as it was made."
             )

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from slm_pl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,6 +52,7 @@ class Vocabulary:
         types: What each is, as ``gguf.TokenType``.
         scores: Of each; None where merges say the order.
         space_first: Whether a space is put in front of a text.
+        caution: How the first tokens of some texts differ all the same; None if they do not.
         add_bos: Whether a text begins with the beginning-of-sequence token.
         add_eos: Whether it ends with the end-of-sequence token.
     """
@@ -64,6 +63,7 @@ class Vocabulary:
     types: list[int]
     scores: list[float] | None
     space_first: bool
+    caution: str | None
     add_bos: bool
     add_eos: bool
 
@@ -94,9 +94,10 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabula
     by_pieces = bool(model.get("byte_fallback"))
     if by_pieces:
         apart = {*(one["content"] for one in parts["added_tokens"]), tokenizer.unk_token}
-        pre, space_first, scores = "default", _space_first(parts), _scores(model, apart)
+        pre, scores = "default", _scores(model, apart)
+        space_first, caution = _space_first(parts)
     else:
-        pre, space_first, scores = _cut_of(parts), False, {}
+        pre, space_first, caution, scores = _cut_of(parts), False, None, {}
     tokens, types = _tokens(vocabulary, parts, size, by_pieces, tokenizer.unk_token)
     begins, ends = _added(tokenizer)
     return Vocabulary(
@@ -106,6 +107,7 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabula
         types,
         [scores.get(token, 0.0) for token in tokens] if by_pieces else None,
         space_first,
+        caution,
         begins,
         ends,
     )
@@ -143,25 +145,24 @@ def _cut_of(parts: dict[str, Any]) -> str:
     raise UsageError(f"llama.cpp's name for the way this tokenizer cuts text is not known here: {shown}. {_ALLOWED}")
 
 
-def _space_first(parts: dict[str, Any]) -> bool:
-    """Whether a tokenizer like SentencePiece's puts a space in front of a text; either of two parts may do it."""
+def _space_first(parts: dict[str, Any]) -> tuple[bool, str | None]:
+    """Whether a tokenizer like SentencePiece's puts a space before a text, in either of two parts; and a caution."""
     normalizer, cut = parts["normalizer"] or {}, parts["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     if not cut and steps in ([replace], [{"type": "Prepend", "prepend": _SPACE}, replace]):
-        return len(steps) == 2
+        return len(steps) == 2, None
     scheme = cut.get("prepend_scheme")
     metaspace = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": scheme, "split": False}
     if steps or cut != metaspace:
         shown = json.dumps({"normalizer": parts["normalizer"], "pre_tokenizer": parts["pre_tokenizer"]})
         raise UsageError(f"llama.cpp has nothing that treats spaces as this tokenizer does: {shown}. {_ALLOWED}")
     if scheme == "never":
-        return False
-    rank_zero_warn(
+        return False, None
+    return True, (
         "llama.cpp puts a space in front of every text, as SentencePiece does; transformers leaves out that of a text "
         "which begins with a space, so there the first tokens differ."
     )
-    return True
 
 
 def _scores(model: dict[str, Any], apart: Collection[str | None]) -> dict[str, float]:

@@ -138,10 +138,6 @@ class Trainer(pl.Trainer):
         found = [Path(directory) for directory in dict.fromkeys(own) if directory]
         return found or [Path(self.default_root_dir) / "checkpoints"]
 
-    def _checkpoints(self) -> list[Path]:
-        """Whole checkpoints, of this run or an earlier one."""
-        return [path for directory in self.checkpoint_directories for path in directory.glob("[!.]*.ckpt")]
-
     @property
     def _own_directories(self) -> list[Path]:
         """Those of the checkpoint directories that are of this run alone; others may be of several runs."""
@@ -171,7 +167,7 @@ class Trainer(pl.Trainer):
                     _remove(left)
         if self.ckpt_path is not None or self.resuming:
             return
-        found = [path for place in own for path in place.glob("[!.]*.ckpt")]
+        found = _checkpoints(own)
         if found and not self.overwrite:
             raise UsageError(
                 f"{found[0]} is a checkpoint of an earlier run. Pass --ckpt_path last to go on with that run, "
@@ -195,7 +191,7 @@ class Trainer(pl.Trainer):
 
     def newest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint of this run directory, best or last; None if there is none."""
-        found = [path for path in self._checkpoints() if path.exists()]  # a link may lead nowhere
+        found = [path for path in _checkpoints(self.checkpoint_directories) if path.exists()]  # a link may lead nowhere
         newest_first = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
         return next(
             (path for path in newest_first if path.is_dir() or "optimizer_states" in read_checkpoint(path, mmap=True)),
@@ -361,6 +357,11 @@ class Trainer(pl.Trainer):
         self._signal_connector.register_signal_handlers()
         with contextlib.ExitStack() as self._held:
             return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+
+
+def _checkpoints(directories: Collection[Path]) -> list[Path]:
+    """Whole checkpoints, of this run or an earlier one."""
+    return [path for directory in directories for path in directory.glob("[!.]*.ckpt")]
 
 
 def _aside(path: Path) -> Path:

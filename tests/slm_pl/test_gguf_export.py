@@ -521,6 +521,14 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(pre, tmp_path):
         assert llama.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text).input_ids, text
 
 
+def test_who_only_saves_a_model_is_not_told_of_llama_cpp(tmp_path, recwarn):
+    export = pico_export(tmp_path, pieces(metaspace=True))
+    assert not [one for one in recwarn if "llama.cpp" in str(one.message)]
+    assert "export --to gguf" in (export / "README.md").read_text()
+    with pytest.warns(UserWarning, match="llama.cpp puts a space in front of every text"):
+        write_gguf(export)
+
+
 @needs_llama_cpp
 def test_llama_cpp_keeps_the_space_that_metaspace_leaves_out_and_the_user_is_told(tmp_path):
     export = pico_export(tmp_path, pieces(metaspace=True))
